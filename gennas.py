@@ -1,0 +1,875 @@
+"""GenNAS: score a neural architecture without labels, by how well it regresses synthetic signals after a few steps.
+
+Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (NeurIPS 2021, arXiv 2108.01899).
+
+This file is the method from top to bottom, in the order in which it runs: the signal bases, the task (which mix of
+signals the three stages of a network must reproduce), the images, the regression, the search, the command line.
+
+    python gennas.py --space nb201                                  # search an architecture
+    python gennas.py --space nb201 --mode score ARCH [ARCH ...]     # score given ones
+    python gennas.py --space nb201 --mode correlate --labels FILE   # rank correlation with recorded accuracies
+    python gennas.py --space nb201 --mode show --plot FILE.png      # draw the task's signals
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import pickle
+import random
+import shutil
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Callable, Iterable, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import search_spaces
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there a record is not guarded against a second writer
+    fcntl = None
+
+
+def seed_of(*purpose: Any) -> int:
+    """A seed that depends on what it is for and on nothing else: not on order, process or machine."""
+    return int.from_bytes(hashlib.sha256(json.dumps(purpose).encode()).digest()[:4], "big")
+
+
+# ----------------------------------------------------------------------------------------- signal bases (paper, 3.2)
+# Each returns C maps for each of B images, a tensor (B, C, H, W), drawn from the generator `rng` (a CPU one, so that
+# all devices regress the same signals). Positions count from 1 along both axes.
+Shape = tuple[int, int, int, int]
+MAPS_PER_WAVE = 32
+
+
+def sin1d(rng: torch.Generator, shape: Shape, frequencies: Iterable[float]) -> Tensor:
+    """Waves sin(2 pi f y + phi) and sin(2 pi f x + phi)."""
+    f = torch.tensor(tuple(frequencies))
+    return sinusoids(rng, shape, torch.cat([f, 0 * f]), torch.cat([0 * f, f]))
+
+
+def sin2d(rng: torch.Generator, shape: Shape, frequencies: Iterable[float]) -> Tensor:
+    """Waves sin(2 pi f y + 2 pi g x + phi) and their mirror images in y, for all ordered pairs f, g of frequencies."""
+    f, g = torch.cartesian_prod(*[torch.tensor(tuple(frequencies))] * 2).T
+    return sinusoids(rng, shape, torch.cat([f, -f]), torch.cat([g, g]))
+
+
+def sinusoids(rng: torch.Generator, shape: Shape, fy: Tensor, fx: Tensor) -> Tensor:
+    """C of the maps sin(2 pi (fy y + fx x) + phi), without replacement from 32 maps of each wave (fy, fx).
+
+    A cosine is a sine with another phase; as phi ~ U(0, 2 pi), the authors' half sines and half cosines are all sines.
+    """
+    B, C, H, W = shape
+    maps = torch.rand(B, len(fy) * MAPS_PER_WAVE, generator=rng).topk(C).indices  # (B, C)
+    wave = (maps // MAPS_PER_WAVE)[..., None, None]
+    phase = 2 * math.pi * torch.rand(B, C, 1, 1, generator=rng)
+    y, x = torch.arange(1, H + 1)[:, None], torch.arange(1, W + 1)
+    return torch.sin(2 * math.pi * (fy[wave] * y + fx[wave] * x) + phase)
+
+
+def dot(rng: torch.Generator, shape: Shape, density: float, least: int = 0) -> Tensor:
+    """floor(density H W) positions, at least `least`, are +1 or -1; the others 0."""
+    B, C, H, W = shape
+    count = max(least, math.floor(density * H * W))
+    shuffled = torch.rand(B, C, H * W, generator=rng).argsort(-1)
+    signs = 2 * torch.randint(0, 2, (B, C, H * W), generator=rng) - 1
+    return torch.where(shuffled < count, signs, 0).float().view(shape)
+
+
+def gdot(rng: torch.Generator, shape: Shape, density: float) -> Tensor:
+    """Dots smoothed by a gaussian of sigma 1, divided by the map's largest absolute value."""
+    smooth = blur_matrix(shape[2]) @ dot(rng, shape, density, least=1) @ blur_matrix(shape[3]).T
+    return smooth / smooth.abs().amax((2, 3), keepdim=True)
+
+
+def blur_matrix(size: int, radius: int = 4) -> Tensor:
+    """(size, size): convolution with a gaussian of sigma 1, cut at `radius`, the border mirrored with its edge repeated."""
+    gaussian = np.exp(-np.arange(-radius, radius + 1) ** 2 / 2)
+    mirrored = np.pad(np.eye(size), ((radius, radius), (0, 0)), mode="symmetric")
+    rows = np.lib.stride_tricks.sliding_window_view(mirrored, 2 * radius + 1, axis=0)  # (size, size, taps)
+    return torch.from_numpy(rows @ (gaussian / gaussian.sum())).float()
+
+
+def resize(rng: torch.Generator, shape: Shape, images: Tensor) -> Tensor:
+    """The images (B, 3, h, w) themselves, made H x W and scaled to [-1, 1] as a whole; each map one random colour."""
+    small = F.interpolate(images, size=shape[2:])
+    low, high = small.aminmax()
+    return (2 * (small - low) / (high - low) - 1)[:, torch.randint(0, 3, (shape[1],), generator=rng)]
+
+
+# basis -> its function, and the fields that a signal of it has besides its level
+BASES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "sin1d": (sin1d, ("frequencies", "per_sample")),
+    "sin2d": (sin2d, ("frequencies", "per_sample")),
+    "dot": (dot, ("density", "per_sample")),
+    "gdot": (gdot, ("density", "per_sample")),
+    "resize": (resize, ()),
+}
+
+
+# -------------------------------------------------------------------------------------------------- task (paper, 3.3)
+def is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+MAX_CHANNELS = 2 * 10 * MAPS_PER_WAVE  # sin1d has this many maps to draw from
+# field of a task -> what is right, in words and as a test
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "noise": ("an object with kind and level", lambda v: isinstance(v, dict)),
+    "kind": ("uniform or gaussian", lambda v: v in ("uniform", "gaussian")),
+    "stages": ("a list of three objects", lambda v: isinstance(v, list) and len(v) == 3),
+    "channels": (f"a whole number from 1 to {MAX_CHANNELS}", lambda v: type(v) is int and 1 <= v <= MAX_CHANNELS),
+    "signals": ("a list of objects", lambda v: isinstance(v, list) and all(isinstance(s, dict) for s in v)),
+    "basis": (f"one of {', '.join(BASES)}", lambda v: isinstance(v, str) and v in BASES),
+    "level": ("a number from 0 to 10", lambda v: is_number(v, 0, 10)),
+    "frequencies": ("a list of 10 numbers above 0 and below 0.5", lambda v: isinstance(v, list) and len(v) == 10
+                    and all(is_number(f, 0, 0.5) and 0 < f < 0.5 for f in v)),
+    "density": ("a number from 0 to 1", lambda v: is_number(v, 0, 1)),
+    "per_sample": ("true or false", lambda v: isinstance(v, bool)),
+}
+
+
+def check(part: Any, names: tuple[str, ...], where: str) -> None:
+    """ValueError, with the place, unless `part` is a dict of exactly these fields, each as RULES says."""
+    if not isinstance(part, dict) or set(part) != set(names):
+        found = ", ".join(map(str, part)) if isinstance(part, dict) else repr(part)
+        raise ValueError(f"{where}: right is an object with {', '.join(names)}, not {found}")
+    for name in names:
+        words, test = RULES[name]
+        if not test(part[name]):
+            raise ValueError(f"{where}.{name}: right is {words}, not {json.dumps(part[name])[:60]}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network must regress, and the noise on its input. ValueError names a field that is out of its range.
+
+    noise: {"kind": "uniform" | "gaussian", "level": a}. stages: for each of the three taps {"channels": C, "signals":
+    [...]}, a signal being {"basis": ..., "level": ..., and the fields that BASES lists for it}. Frequencies are in cycles
+    per position; with `per_sample` each image has maps of its own, else all share the same.
+    """
+    noise: dict[str, Any]
+    stages: list[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        check(vars(self), ("noise", "stages"), "task")
+        check(self.noise, ("kind", "level"), "task.noise")
+        for i, stage in enumerate(self.stages):
+            check(stage, ("channels", "signals"), f"task.stages[{i}]")
+            for j, signal in enumerate(stage["signals"]):
+                where = f"task.stages[{i}].signals[{j}]"
+                check({"basis": signal.get("basis")}, ("basis",), where)
+                check(signal, ("basis", "level", *BASES[signal["basis"]][1]), where)
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"task: not JSON ({error})") from None
+        check(data, ("noise", "stages"), "task")
+        return cls(**data)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def targets(self, images: Tensor, seed: int, size: int = 8) -> list[Tensor]:
+        """For each stage the sum over its signals of level * maps, a tensor (B, C, size, size) for images (B, 3, H, W)."""
+        targets = []
+        for i, stage in enumerate(self.stages):
+            shape = len(images), stage["channels"], size, size
+            target = torch.zeros(shape)
+            for j, signal in enumerate(stage["signals"]):
+                target += signal["level"] * signal_maps(signal, shape, images, seed_of("target", i, j, seed))
+            targets.append(target)
+        return targets
+
+
+def signal_maps(signal: dict[str, Any], shape: Shape, images: Tensor, seed: int) -> Tensor:
+    """The maps (B, C, H, W) of one signal of a task before its level; (1, C, H, W) if all images share them."""
+    basis, names = BASES[signal["basis"]]
+    values = {name: signal[name] for name in names}
+    if "per_sample" not in values:
+        values["images"] = images
+    elif not values.pop("per_sample"):
+        shape = (1, *shape[1:])
+    return basis(torch.Generator().manual_seed(seed), shape, **values)
+
+
+# The authors' tasks: combo is made by hand, the others are what their task search found on the space of that name.
+MEDIUM = [.125, .15, .175, .2, .225, .25, .275, .3, .325, .35]
+HIGH = [.375, .3875, .4, .4125, .425, .4375, .45, .4625, .475, .4875]
+TASKS = {
+    "combo": Task(dict(kind="gaussian", level=0.0), [
+        dict(channels=64, signals=[
+            dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
+            dict(basis="sin2d", level=1.0, frequencies=HIGH, per_sample=True),
+            dict(basis="dot", level=1.0, density=1.0, per_sample=True),
+        ]),
+        dict(channels=64, signals=[
+            dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
+            dict(basis="sin2d", level=1.0, frequencies=MEDIUM, per_sample=True),
+            dict(basis="resize", level=1.0),
+        ]),
+        dict(channels=64, signals=[
+            dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
+            dict(basis="dot", level=1.0, density=1.0, per_sample=True),
+            dict(basis="resize", level=1.0),
+        ]),
+    ]),
+    "nb101": Task(dict(kind="uniform", level=0.1), [
+        dict(channels=64, signals=[
+            dict(basis="sin2d", level=1.1, frequencies=[.0143, .0169, .0149, .0204, .0229, .0172, .0156, .0192, .0155, .0146], per_sample=True),
+        ]),
+        dict(channels=48, signals=[
+            dict(basis="sin1d", level=1.8, frequencies=[.2991, .306, .3038, .288, .2934, .2961, .3059, .2929, .3056, .2959], per_sample=True),
+            dict(basis="sin2d", level=2.9, frequencies=[.3798, .3818, .3583, .3276, .2649, .2808, .4205, .3414, .3036, .4203], per_sample=True),
+            dict(basis="gdot", level=1.1, density=0.578125, per_sample=True),
+            dict(basis="resize", level=2.4),
+        ]),
+        dict(channels=16, signals=[
+            dict(basis="sin1d", level=1.5, frequencies=[.1539, .1057, .1066, .1576, .1337, .1051, .1319, .1318, .1028, .1094], per_sample=False),
+            dict(basis="sin2d", level=0.9, frequencies=[.1979, .2031, .1034, .2048, .1357, .2091, .2454, .0864, .1352, .1453], per_sample=False),
+            dict(basis="gdot", level=2.1, density=0.4375, per_sample=False),
+            dict(basis="resize", level=2.2),
+        ]),
+    ]),
+    "darts": Task(dict(kind="gaussian", level=0.2), [
+        dict(channels=80, signals=[
+            dict(basis="gdot", level=1.6, density=0.5, per_sample=True),
+            dict(basis="resize", level=1.3),
+        ]),
+        dict(channels=32, signals=[
+            dict(basis="dot", level=2.2, density=0.71875, per_sample=True),
+            dict(basis="gdot", level=1.0, density=0.609375, per_sample=False),
+            dict(basis="resize", level=2.1),
+        ]),
+        dict(channels=80, signals=[
+            dict(basis="gdot", level=1.7, density=0.5625, per_sample=True),
+            dict(basis="resize", level=0.5),
+        ]),
+    ]),
+    "resnet": Task(dict(kind="gaussian", level=0.9), [
+        dict(channels=16, signals=[
+            dict(basis="sin1d", level=1.1, frequencies=[.3792, .3348, .3835, .2973, .3064, .3438, .2157, .3374, .3203, .2363], per_sample=False),
+            dict(basis="dot", level=0.5, density=0.09375, per_sample=False),
+        ]),
+        dict(channels=16, signals=[
+            dict(basis="sin2d", level=1.2, frequencies=[.1185, .2206, .0596, .2331, .2272, .2653, .1877, .1083, .1095, .0563], per_sample=True),
+            dict(basis="dot", level=2.9, density=0.3125, per_sample=True),
+            dict(basis="resize", level=2.3),
+        ]),
+        dict(channels=32, signals=[
+            dict(basis="sin2d", level=1.8, frequencies=[.3785, .3794, .3447, .2706, .2607, .3945, .2793, .3832, .3228, .3014], per_sample=True),
+            dict(basis="gdot", level=2.1, density=0.5, per_sample=False),
+        ]),
+    ]),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+CIFAR = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # channel means and standard deviations of 0..255 values
+IMAGENET16 = (122.68, 116.66, 104.01), (63.22, 61.26, 65.09)
+STATISTICS = {3 * 32 * 32: CIFAR, 3 * 16 * 16: IMAGENET16}  # by the length of a row of a pickled batch
+BATCHES = "data_batch_1", "train", "train_data_batch_1"  # the first training file of CIFAR-10, CIFAR-100, ImageNet16
+
+
+def load_images(source: str, seed: int, count: int = 16) -> tuple[Tensor, str]:
+    """The first `count` images, normalised, (count, 3, 32, 32), and a line that says which they are.
+
+    `source`: "synthetic", or the path of a CIFAR-10/100 or ImageNet16-120 python batch or of its folder, or of a
+    .npy/.npz array (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]. ValueError for any other content.
+    """
+    if source == "synthetic":
+        images = synthetic_images(torch.Generator().manual_seed(seed_of("images", seed)), count)
+        return normalise(images), "synthetic (1/f noise)"
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in BATCHES if (path / name).is_file()), None)
+        if path is None:
+            raise ValueError(f"images {source}: the folder has none of {', '.join(BATCHES)}")
+    try:
+        array, statistics = read_array(path) if path.suffix in (".npy", ".npz") else read_batch(path)
+        images = torch.from_numpy(np.ascontiguousarray(array[:count]))
+        if len(images) < count:
+            raise ValueError(f"{len(images)} images, {count} are needed")
+        digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
+        images = images.float() / (1 if images.is_floating_point() else 255)
+        if not 0 <= images.min() <= images.max() <= 1:  # false for NaN as well
+            raise ValueError("float values outside of [0, 1]")
+        images = F.interpolate(normalise(images, statistics), size=32)
+    except OSError:
+        raise
+    except Exception as error:  # a broken file can raise anything
+        raise ValueError(f"images {path}: {type(error).__name__}: {error}; right is a CIFAR-10/100 or ImageNet16 python batch, its "
+                         "folder, or a .npy or .npz array (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]") from None
+    return images, f"{path.name} (first {count}, sha256 {digest})"
+
+
+def normalise(images: Tensor, statistics: Any = None) -> Tensor:
+    """(B, 3, H, W) in [0, 1] less the channel means, over the standard deviations; by default those of the images."""
+    if statistics:
+        mean, std = torch.tensor(statistics)[:, :, None, None] / 255
+    else:
+        std, mean = torch.std_mean(images, (0, 2, 3), keepdim=True)
+    if not std.min() > 0:
+        raise ValueError("a colour channel is the same everywhere")
+    return (images - mean) / std
+
+
+def synthetic_images(rng: torch.Generator, count: int) -> Tensor:
+    """Noise with the 1/f amplitude spectrum of natural images, nine tenths of its variance shared by the three colours."""
+    frequency = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)).clamp(min=1 / 32)  # (32, 17)
+    maps = torch.fft.irfft2(torch.fft.rfft2(torch.randn(count, 4, 32, 32, generator=rng)) / frequency)
+    return 0.9 ** 0.5 * maps[:, :1] + 0.1 ** 0.5 * maps[:, 1:]
+
+
+def read_array(path: Path) -> tuple[np.ndarray, Any]:
+    """The images of a .npy or .npz file as (N, 3, H, W), to be normalised by their own statistics."""
+    with open(path, "rb") as file:
+        content = np.load(file, allow_pickle=False)
+        arrays = [content] if isinstance(content, np.ndarray) else [content[name] for name in content.files]
+    images = next(array for array in [*arrays, np.empty(0)] if array.ndim == 4 or not array.size)
+    if images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]) or images.dtype.name not in ("uint8", "float16", "float32", "float64"):
+        raise ValueError(f"no images in arrays of shape {[array.shape for array in arrays]}, type {[array.dtype.name for array in arrays]}")
+    return (images.transpose(0, 3, 1, 2) if images.shape[3] == 3 else images), None
+
+
+def read_batch(path: Path) -> tuple[np.ndarray, Any]:
+    """The images of a pickled batch as (N, 3, H, W), and the statistics of their data set."""
+    with open(path, "rb") as file:
+        batch = ArrayUnpickler(file, encoding="bytes").load()
+    data = batch[b"data"] if b"data" in batch else batch["data"]
+    if data.dtype != np.uint8 or data.shape[1] not in STATISTICS:
+        raise ValueError(f"pixels of type {data.dtype} in rows of {data.shape[1]}")
+    side = math.isqrt(data.shape[1] // 3)
+    return data.reshape(-1, 3, side, side), STATISTICS[data.shape[1]]
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Admits arrays, bytes, strings, numbers, lists and dicts; a pickle that names anything else is refused."""
+    ADMITTED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+                *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar"))}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
+        if module == "_codecs":  # how Python 3 writes bytes for Python 2
+            return lambda text, encoding: text.encode("latin1")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+# ------------------------------------------------------------------------------------------ regression (paper, 3.1)
+@dataclass(frozen=True)
+class Settings:
+    """How a network is trained. The defaults are the paper's."""
+    steps: int = 100
+    learning_rate: float = 0.1  # constant
+    momentum: float = 0.9
+    weight_decay: float = 4e-5  # on parameters of more than one dimension
+    stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)
+    batch: int = 16  # images
+    size: int = 8  # side of the targets
+
+
+PRESETS = {"paper": Settings(), "fast": Settings(steps=20)}
+
+
+class Heads(nn.Module):
+    """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to its target's channels."""
+
+    def __init__(self, body: nn.Module, images: Tensor, channels: list[int], size: int):
+        super().__init__()
+        self.body, self.size = body.eval(), size
+        with torch.no_grad():
+            widths = [tap.shape[1] for tap in body(images[:1])]
+        self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(w), nn.Conv2d(w, c, 1)) for w, c in zip(widths, channels))
+
+    def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three (B, C, size, size)
+        return [head(F.interpolate(tap, size=self.size)) for head, tap in zip(self.heads, self.body(images))]
+
+
+class Regression:
+    """The regression of one task on one batch of images, the same targets for every architecture (paper, 3.1).
+
+    `regression(space, arch)` trains the network and returns its losses at all steps and, last, in eval() mode after
+    them: the score, lower is better. It is a pure function of (space, space.key(arch), task, images, settings, seed)
+    and the kind of device: weights and noise are seeded by space, key and seed, and no global generator is touched.
+    """
+
+    def __init__(self, task: Task, images: Tensor, settings: Settings = PRESETS["paper"], seed: int = 0, device: str = "cpu"):
+        self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
+        self.images = self.place(images)
+        self.targets = [self.place(target) for target in task.targets(images, seed, settings.size)]
+
+    def place(self, x: Any) -> Any:
+        return x.to(self.device, memory_format=torch.channels_last)
+
+    def __call__(self, space: Any, arch: Any) -> list[float]:
+        settings = self.settings
+        purpose = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
+        with torch.random.fork_rng(devices=[]):  # on the CPU, so that the weights are the same on all devices
+            torch.default_generator.manual_seed(seed_of("weights", *purpose))
+            network = Heads(space.build(arch), self.images[:1].cpu(), [t.shape[1] for t in self.targets], settings.size)
+        network = self.place(network).train()
+        decay = {True: settings.weight_decay, False: 0.0}
+        groups = [{"params": [p for p in network.parameters() if (p.ndim > 1) == big], "weight_decay": decay[big]} for big in decay]
+        optimizer = torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=True)
+        rng = torch.Generator(self.device).manual_seed(seed_of("noise", *purpose))
+
+        def loss() -> Tensor:
+            outputs = network(self.images + self.noise(rng))
+            return sum(w * F.mse_loss(o, t) for w, o, t in zip(settings.stage_weights, outputs, self.targets))
+
+        losses = []  # stay on the device until the end: no step waits for it
+        for _ in range(settings.steps):
+            value = loss()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            losses.append(value.detach())
+        network.eval()
+        with torch.no_grad():
+            losses.append(loss())
+        return torch.stack(losses).tolist()
+
+    def noise(self, rng: torch.Generator) -> Tensor:
+        draw = torch.empty_like(self.images)
+        kind, level = self.task.noise["kind"], self.task.noise["level"]
+        return draw.uniform_(-1, 1, generator=rng).mul_(level) if kind == "uniform" else draw.normal_(generator=rng).mul_(level)
+
+
+# --------------------------------------------------------------------------------------------------- scores, once each
+class Score(NamedTuple):
+    key: str
+    arch: str
+    loss: float | None  # None: diverged
+    seconds: float
+
+
+class Record:
+    """The scores that are known, and their file: a line of settings, then a line per network, flushed as it is scored.
+
+    Opening an existing file reads it, so that a run goes on where it stopped. A torn last line is dropped with a
+    warning. ValueError if the file holds something else, was made with other settings, or another run writes to it.
+    """
+
+    def __init__(self, path: str | None = None, settings: dict[str, Any] | None = None):
+        self.known: dict[str, Score] = {}  # by key
+        self.path, self.file = path, None
+        if path is None:
+            return
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"{path}: not a regular file")
+        self.file = open(path, "a+b")
+        try:
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another run is writing to it; right is another --out file") from None
+        self.file.seek(0)
+        lines = self.file.read().splitlines(keepends=True)
+        header = {"settings": settings}
+        if json.dumps(header).encode().startswith(b"".join(lines)):  # new, or torn in its first line
+            self.file.truncate(0)
+            self.write(header)
+        else:
+            self.compare(lines[0], json.loads(json.dumps(settings)))
+            self.read(lines)
+
+    def compare(self, header: bytes, settings: dict[str, Any]) -> None:
+        try:
+            made_with = dict(json.loads(header)["settings"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path}: exists and holds no scores; right is another --out file") from None
+        for name in {**settings, **made_with}:
+            if settings.get(name) != made_with.get(name):
+                raise ValueError(f"{self.path}: made with {name} {json.dumps(made_with.get(name))}, this run has "
+                                 f"{json.dumps(settings.get(name))}; right are the same settings or another --out file")
+
+    def read(self, lines: list[bytes]) -> None:
+        end = len(lines[0])
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                score = Score(**json.loads(line)) if line.endswith(b"\n") else None
+            except (ValueError, TypeError):
+                score = None
+            if score:
+                self.known[score.key] = score
+                end += len(line)
+            elif number < len(lines):
+                raise ValueError(f"{self.path}, line {number}: not a score; right is another --out file")
+            else:
+                print(f"gennas: {self.path}: the torn last line is dropped", file=sys.stderr)
+                self.file.truncate(end)
+
+    def add(self, score: Score) -> None:
+        self.known[score.key] = score
+        if self.file:
+            self.write(score._asdict())
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+
+
+class Progress:
+    """Tells on stderr how far a run is: rewrites a line on a terminal, writes one every ten seconds elsewhere."""
+
+    def __init__(self, total: int, quiet: bool = False):
+        self.total, self.quiet, self.done, self.replayed = total, quiet, 0, 0
+        self.start, self.told = time.monotonic(), -math.inf
+        self.best: tuple[float, str] = (math.inf, "none yet")
+
+    def update(self, loss: float, arch: str, known: bool) -> None:
+        self.done += 1
+        self.best = min(self.best, (loss, arch), key=lambda pair: pair[0])
+        if known and self.replayed == self.done - 1:  # the rate counts from the first network that had to be trained
+            self.replayed, self.start = self.done, time.monotonic()
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if self.quiet or not (terminal or self.done == self.total or now - self.told >= 10):
+            return
+        self.told = now
+        rate = (self.done - self.replayed) / max(now - self.start, 1e-9)
+        left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "replayed"
+        line = f"{self.done}/{self.total}  {rate:.2f}/s  {left}  best {self.best[0]:.4f} {self.best[1]}"
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[K{line[:width]}" if terminal else line, end="\n" if not terminal or self.done == self.total else "",
+              file=sys.stderr, flush=True)
+
+
+class Scorer:
+    """Losses of architectures of a space, [arch] -> [loss]; infinite for a network that diverged. Each network is
+    trained once: equal keys are one network, and what the record knows is not trained again."""
+
+    def __init__(self, space: Any, regression: Regression, record: Record | None = None, progress: Progress | None = None):
+        self.space, self.regression, self.record = space, regression, record or Record()
+        self.progress = progress or Progress(0, quiet=True)
+        self.scores: dict[str, Score] = {}  # of the networks that were asked for, by key
+
+    def __call__(self, archs: list[Any]) -> list[float]:
+        return [self.loss(arch) for arch in archs]
+
+    def loss(self, arch: Any) -> float:
+        key, text = self.space.key(arch), self.space.format(arch)
+        known = key in self.record.known
+        if not known:
+            start = time.perf_counter()
+            loss = self.regression(self.space, arch)[-1]
+            seconds = round(time.perf_counter() - start, 3)
+            self.record.add(Score(key, text, loss if math.isfinite(loss) else None, seconds))
+        self.scores[key] = self.record.known[key]
+        loss = math.inf if self.scores[key].loss is None else self.scores[key].loss
+        self.progress.update(loss, text, known)
+        return loss
+
+
+# ------------------------------------------------------------------------------------- regularized evolution (aging)
+def regularized_evolution(random: Callable, mutate: Callable, evaluate: Callable[[list], list[float]], rng: random.Random,
+                          population: int = 50, tournament: int = 10, cycles: int = 400, batch: int = 1) -> list[tuple[Any, float]]:
+    """Aging evolution (Real et al., AAAI 2019): all (candidate, loss) in the order in which they were evaluated.
+
+    `random(rng)` draws a candidate, `mutate(candidate, rng)` a neighbour, `evaluate` gives a list's losses, lower is
+    better. The queue starts with `population` random candidates; then, `cycles` times, the best of `tournament` of its
+    members, drawn without replacement, is mutated, and the child takes the place of the oldest. `batch` children are
+    made from the same queue before they enter it.
+    """
+    queue: deque[tuple[Any, float]] = deque(maxlen=population)  # appending to a full one drops its oldest
+    history: list[tuple[Any, float]] = []
+
+    def enter(candidates: list[Any]) -> None:
+        scored = list(zip(candidates, evaluate(candidates)))
+        queue.extend(scored)
+        history.extend(scored)
+
+    enter([random(rng) for _ in range(population)])
+    while (left := population + cycles - len(history)) > 0:
+        parents = [min(rng.sample(queue, tournament), key=lambda pair: pair[1]) for _ in range(min(batch, left))]
+        enter([mutate(parent, rng) for parent, _ in parents])
+    return history
+
+
+# ------------------------------------------------------------------------------------------------- rank correlation
+def ranks(values: Any) -> np.ndarray:
+    """Ranks from 1 up; equal values share the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def spearman(a: Any, b: Any) -> float:
+    """Spearman's rho; NaN where one side is all ties."""
+    a, b = ranks(a), ranks(b)
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale else math.nan
+
+
+def kendall(a: Any, b: Any) -> float:
+    """Kendall's tau-b; NaN where one side is all ties."""
+    signs_a, signs_b = (np.sign(r[:, None] - r).ravel() for r in (ranks(a), ranks(b)))
+    scale = math.sqrt((signs_a @ signs_a) * (signs_b @ signs_b))
+    return float(signs_a @ signs_b / scale) if scale else math.nan
+
+
+def spearman_interval(a: Any, b: Any, resamples: int = 2000) -> tuple[float, float]:
+    """The 95% percentile bootstrap interval of Spearman's rho."""
+    a, b = np.asarray(a), np.asarray(b)
+    draws = np.random.default_rng(0).integers(len(a), size=(resamples, len(a)))
+    rhos = [spearman(a[draw], b[draw]) for draw in draws]
+    low, high = np.nanquantile(rhos, (0.025, 0.975)) if not np.isnan(rhos).all() else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+def new_figure(rows: int, columns: int, **options: Any) -> tuple[Any, np.ndarray]:
+    from matplotlib.figure import Figure  # the only use of a third package: when a plot is asked for
+    figure = Figure(layout="constrained", **options)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def check_plot(path: str) -> None:
+    """ValueError, before anything is computed, if no plot can be written to `path`."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("--plot needs matplotlib; right is: pip install matplotlib") from None
+    if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():
+        raise ValueError(f"--plot {path}: right is a .png, .pdf or .svg file in a folder that exists")
+
+
+def plot_signals(task: Task, images: Tensor, seed: int, path: str, count: int = 4) -> None:
+    """Each signal of each stage, and their sum: `count` maps of the first image, then of the second."""
+    rows = []
+    for i, (stage, target) in enumerate(zip(task.stages, task.targets(images, seed))):
+        for j, signal in enumerate(stage["signals"]):
+            maps = signal_maps(signal, tuple(target.shape), images, seed_of("target", i, j, seed))
+            rows.append((f"stage {i + 1}\n{signal['level']} {signal['basis']}", maps.expand(len(images), -1, -1, -1)))
+        rows.append((f"stage {i + 1}\ntarget", target))
+    figure, axes = new_figure(len(rows), 2 * count, figsize=(2 + 1.6 * count, len(rows)))
+    for (label, maps), line in zip(rows, axes):
+        for column, ax in enumerate(line):
+            image, channel = divmod(column, count)
+            ax.imshow(maps[image, channel % maps.shape[1]], cmap="RdBu", vmin=-maps.abs().max(), vmax=maps.abs().max())
+            ax.set(xticks=[], yticks=[])
+            if ax in axes[0]:
+                ax.set_title(f"image {image + 1}\nchannel {channel + 1}", fontsize=8)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def plot_correlation(losses: list[float], values: list[float], title: str, path: str) -> None:
+    figure, ((ax,),) = new_figure(1, 1, figsize=(5, 4))
+    ax.scatter(losses, values, s=12)
+    ax.set(xlabel="regression loss", ylabel="recorded value", title=title)
+    figure.savefig(path, dpi=100)
+
+
+def plot_search(losses: list[float], title: str, path: str) -> None:
+    figure, ((ax,),) = new_figure(1, 1, figsize=(5, 4))
+    ax.plot(losses, ".", markersize=4, label="architecture")
+    ax.plot(np.minimum.accumulate(losses), label="best so far")
+    ax.set(xlabel="architectures evaluated", ylabel="regression loss", title=title)
+    ax.legend()
+    figure.savefig(path, dpi=100)
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+def search(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
+    space = scorer.space
+    history = regularized_evolution(space.random, space.mutate, scorer, random.Random(args.seed),
+                                    args.population, args.tournament, args.cycles, args.batch)
+    arch, loss = min(history, key=lambda pair: pair[1])
+    if args.plot:
+        plot_search([loss for _, loss in history], f"{args.space}, {len(history)} architectures", args.plot)
+    result = {"arch": space.format(arch), "loss": finite(loss), "params": space.params(arch),
+              "evaluated": len(history), "unique": len(scorer.scores)}
+    print(f"{result['arch']}\nloss {show_loss(loss)}, {result['params']:,} parameters; the best of {len(history)} evaluated "
+          f"architectures, {len(scorer.scores)} different networks")
+    return result
+
+
+def score(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
+    results = []
+    print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
+    for arch, _ in labels:
+        loss = scorer.loss(arch)
+        results.append({"arch": scorer.space.format(arch), "loss": finite(loss), "params": scorer.space.params(arch),
+                        "seconds": scorer.scores[scorer.space.key(arch)].seconds})
+        print(f"{show_loss(loss):>9} {results[-1]['params']:>12,} {results[-1]['seconds']:>8.2f}  {results[-1]['arch']}", flush=True)
+    return {"results": results}
+
+
+def correlate(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
+    archs, values = zip(*labels)
+    losses = scorer(archs)
+    merits = [-loss for loss in losses]
+    rho, tau, (low, high) = spearman(merits, values), kendall(merits, values), spearman_interval(merits, values)
+    by_params = spearman([scorer.space.params(arch) for arch in archs], values)
+    seconds = float(np.mean([scorer.scores[scorer.space.key(arch)].seconds for arch in archs]))
+    summary = f"spearman {rho:.3f} [{low:.3f}, {high:.3f}], kendall {tau:.3f}, {len(labels)} architectures"
+    print(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}; diverged: {losses.count(math.inf)}; "
+          f"{seconds:.2f} s a network")
+    if args.plot:
+        plot_correlation(losses, values, summary, args.plot)
+    return {"n": len(labels), "spearman": finite(rho), "spearman_ci": [finite(low), finite(high)], "kendall": finite(tau),
+            "spearman_params": finite(by_params), "seconds_per_arch": seconds}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def show_loss(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+
+
+def show(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
+    regression = scorer.regression
+    print(regression.task.to_json())
+    if args.plot:
+        plot_signals(regression.task, regression.images.cpu(), args.seed, args.plot)
+    return {"plot": args.plot}
+
+
+MODES = {"search": search, "score": score, "correlate": correlate, "show": show}
+# option -> the one mode that it belongs to, and whether that needs it
+BELONGS = {"arch": ("score", True), "labels": ("correlate", True), "limit": ("correlate", False)}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(2, f"gennas: error: {message}\n")
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Namespace]:
+    def whole(low: int) -> Callable[[str], int]:
+        def convert(text: str) -> int:
+            if not text.isdecimal() or int(text) < low:
+                raise argparse.ArgumentTypeError(f"right is a whole number from {low} up, not {text!r}")
+            return int(text)
+        return convert
+
+    parser = OneLineParser(description="Score and search neural architectures by regression of synthetic signals.")
+    option = parser.add_argument
+    option("arch", nargs="*", metavar="ARCH", help="with --mode score: architectures in their benchmark's spelling; - reads stdin")
+    option("--space", required=True, metavar="NAME", help=f"search space: {', '.join(search_spaces.SPACES)}")
+    option("--mode", choices=MODES, default="search", help="search is the default; show draws the task's signals")
+    option("--task", metavar="NAME|FILE.json", help=f"{', '.join(TASKS)}, or a file; default: the one of the space")
+    option("--preset", choices=PRESETS, default="fast", help="how a network is trained (default fast)")
+    option("--steps", type=whole(1), metavar="N", help="training steps, instead of the preset's")
+    option("--images", default="synthetic", metavar="synthetic|PATH", help="CIFAR-10/100 or ImageNet16-120 python batches, .npz, .npy")
+    option("--seed", type=whole(0), default=0, metavar="N", help="of images, targets, weights, noise and search (default 0)")
+    option("--device", metavar="cpu|cuda[:N]|mps", help="default: cuda where there is one, else cpu")
+    option("--population", type=whole(1), default=50, metavar="N", help="members of the queue (default 50)")
+    option("--tournament", type=whole(1), default=10, metavar="N", help="members drawn, of which the best is mutated (default 10)")
+    option("--cycles", type=whole(0), default=400, metavar="N", help="children after the first population (default 400)")
+    option("--batch", type=whole(1), default=1, metavar="N", help="children made from the same queue (default 1)")
+    option("--labels", metavar="FILE", help="with --mode correlate: a JSON list of [architecture, value], higher = better")
+    option("--limit", type=whole(1), metavar="N", help="only the first N labels")
+    option("--out", metavar="FILE.jsonl", help="record of every score; the same command resumes from it")
+    option("--plot", metavar="FILE.png", help="draw the result (needs matplotlib)")
+    option("--json", action="store_true", help="the last line of stdout is one JSON object")
+    option("--quiet", action="store_true", help="no progress on stderr")
+    args = parser.parse_intermixed_args(argv)
+
+    for name, (mode, needed) in BELONGS.items():
+        if getattr(args, name) and args.mode != mode:
+            parser.error(f"{name.upper() if name == 'arch' else '--' + name} belongs to --mode {mode}, not to --mode {args.mode}")
+        if needed and args.mode == mode and not getattr(args, name):
+            parser.error(f"--mode {mode} needs {name.upper() + ' [ARCH ...]' if name == 'arch' else '--' + name + ' FILE'}")
+    for name in ("tournament", "batch"):
+        if getattr(args, name) > args.population:
+            parser.error(f"--{name} {getattr(args, name)}: right is at most the population, {args.population}")
+    if args.plot and args.mode == "score":
+        parser.error("--plot belongs to the modes search, correlate and show")
+    return parser, args
+
+
+def load_task(name: str) -> Task:
+    """A task of the table by its name, or one from a JSON file."""
+    if name in TASKS:
+        return TASKS[name]
+    if not name.endswith(".json"):
+        raise ValueError(f"unknown task {name!r}; right is one of {', '.join(TASKS)} or a FILE.json")
+    try:
+        return Task.from_json(Path(name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device, by default a GPU if there is one; set up for speed and for equal results in equal runs."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    torch.set_num_threads(1)  # small maps gain nothing from more, and sums would depend on their number
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.deterministic = True
+    return device
+
+
+def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
+    """What the mode is to score, as (arch, value); no value with --mode score, nothing in the other modes."""
+    if args.mode == "correlate":
+        labels = search_spaces.load_labels(space, args.labels)[:args.limit]
+        if len(labels) < 3:
+            raise ValueError(f"--mode correlate: right are at least 3 architectures, not {len(labels)}")
+        return labels
+    texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
+    archs = [(space.parse(text), None) for text in texts if text.strip()]
+    if args.mode == "score" and not archs:
+        raise ValueError("--mode score: no architecture on stdin; right is one a line")
+    return archs
+
+
+def main(argv: list[str] | None = None) -> None:
+    start = time.perf_counter()
+    parser, args = parse_arguments(argv)
+    try:
+        space = search_spaces.get(args.space)
+        if args.plot:
+            check_plot(args.plot)
+        task = load_task(args.task or space.task)
+        labels = load_archs(args, space)
+        device = find_device(args.device)
+        settings = PRESETS[args.preset]
+        settings = replace(settings, steps=args.steps or settings.steps)
+        images, images_name = load_images(args.images, args.seed, settings.batch)
+        record = Record(args.out, {"space": args.space, "task": asdict(task), "images": images_name, **asdict(settings),
+                                   "seed": args.seed, "device": device.type})
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
+    progress = Progress(len(labels) or args.population + args.cycles, args.quiet or args.mode == "show")
+    scorer = Scorer(space, Regression(task, images, settings, args.seed, device), record, progress)
+    task_name = args.task or space.task
+    if not args.quiet:
+        print(f"gennas: {args.mode} {args.space}, task {task_name}, {settings.steps} steps, images {images_name}, on {device}",
+              file=sys.stderr)
+    try:
+        result = MODES[args.mode](args, scorer, labels)
+    except KeyboardInterrupt:
+        loss, arch = progress.best
+        parser.exit(130, f"\ngennas: interrupted after {progress.done} architectures; best {show_loss(loss)} {arch}\n")
+    except OSError as error:
+        parser.exit(1, f"gennas: error: {error.filename or args.out}: {error.strerror}\n")
+    if args.json:
+        print(json.dumps({"mode": args.mode, "space": args.space, "task": task_name, **result, "images": images_name,
+                          "seconds": round(time.perf_counter() - start, 3)}))
+
+
+if __name__ == "__main__":
+    main()
