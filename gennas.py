@@ -205,73 +205,53 @@ def signal_maps(signal: dict[str, Any], shape: Shape, images: Tensor, seed: int)
     return basis(torch.Generator().manual_seed(seed), shape, **values)
 
 
+def stage(channels: int, *signals: dict[str, Any]) -> dict[str, Any]:
+    return {"channels": channels, "signals": list(signals)}
+
+
 # The authors' tasks: combo is made by hand, the others are what their task search found on the space of that name.
 MEDIUM = [.125, .15, .175, .2, .225, .25, .275, .3, .325, .35]
 HIGH = [.375, .3875, .4, .4125, .425, .4375, .45, .4625, .475, .4875]
 TASKS = {
     "combo": Task(dict(kind="gaussian", level=0.0), [
-        dict(channels=64, signals=[
-            dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
-            dict(basis="sin2d", level=1.0, frequencies=HIGH, per_sample=True),
-            dict(basis="dot", level=1.0, density=1.0, per_sample=True),
-        ]),
-        dict(channels=64, signals=[
-            dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
-            dict(basis="sin2d", level=1.0, frequencies=MEDIUM, per_sample=True),
-            dict(basis="resize", level=1.0),
-        ]),
-        dict(channels=64, signals=[
-            dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
-            dict(basis="dot", level=1.0, density=1.0, per_sample=True),
-            dict(basis="resize", level=1.0),
-        ]),
+        stage(64, dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
+                  dict(basis="sin2d", level=1.0, frequencies=HIGH, per_sample=True),
+                  dict(basis="dot", level=1.0, density=1.0, per_sample=True)),
+        stage(64, dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
+                  dict(basis="sin2d", level=1.0, frequencies=MEDIUM, per_sample=True),
+                  dict(basis="resize", level=1.0)),
+        stage(64, dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
+                  dict(basis="dot", level=1.0, density=1.0, per_sample=True),
+                  dict(basis="resize", level=1.0)),
     ]),
     "nb101": Task(dict(kind="uniform", level=0.1), [
-        dict(channels=64, signals=[
-            dict(basis="sin2d", level=1.1, frequencies=[.0143, .0169, .0149, .0204, .0229, .0172, .0156, .0192, .0155, .0146], per_sample=True),
-        ]),
-        dict(channels=48, signals=[
-            dict(basis="sin1d", level=1.8, frequencies=[.2991, .306, .3038, .288, .2934, .2961, .3059, .2929, .3056, .2959], per_sample=True),
-            dict(basis="sin2d", level=2.9, frequencies=[.3798, .3818, .3583, .3276, .2649, .2808, .4205, .3414, .3036, .4203], per_sample=True),
-            dict(basis="gdot", level=1.1, density=0.578125, per_sample=True),
-            dict(basis="resize", level=2.4),
-        ]),
-        dict(channels=16, signals=[
-            dict(basis="sin1d", level=1.5, frequencies=[.1539, .1057, .1066, .1576, .1337, .1051, .1319, .1318, .1028, .1094], per_sample=False),
-            dict(basis="sin2d", level=0.9, frequencies=[.1979, .2031, .1034, .2048, .1357, .2091, .2454, .0864, .1352, .1453], per_sample=False),
-            dict(basis="gdot", level=2.1, density=0.4375, per_sample=False),
-            dict(basis="resize", level=2.2),
-        ]),
+        stage(64, dict(basis="sin2d", level=1.1, frequencies=[.0143, .0169, .0149, .0204, .0229, .0172, .0156, .0192, .0155, .0146], per_sample=True)),
+        stage(48, dict(basis="sin1d", level=1.8, frequencies=[.2991, .306, .3038, .288, .2934, .2961, .3059, .2929, .3056, .2959], per_sample=True),
+                  dict(basis="sin2d", level=2.9, frequencies=[.3798, .3818, .3583, .3276, .2649, .2808, .4205, .3414, .3036, .4203], per_sample=True),
+                  dict(basis="gdot", level=1.1, density=0.578125, per_sample=True),
+                  dict(basis="resize", level=2.4)),
+        stage(16, dict(basis="sin1d", level=1.5, frequencies=[.1539, .1057, .1066, .1576, .1337, .1051, .1319, .1318, .1028, .1094], per_sample=False),
+                  dict(basis="sin2d", level=0.9, frequencies=[.1979, .2031, .1034, .2048, .1357, .2091, .2454, .0864, .1352, .1453], per_sample=False),
+                  dict(basis="gdot", level=2.1, density=0.4375, per_sample=False),
+                  dict(basis="resize", level=2.2)),
     ]),
     "darts": Task(dict(kind="gaussian", level=0.2), [
-        dict(channels=80, signals=[
-            dict(basis="gdot", level=1.6, density=0.5, per_sample=True),
-            dict(basis="resize", level=1.3),
-        ]),
-        dict(channels=32, signals=[
-            dict(basis="dot", level=2.2, density=0.71875, per_sample=True),
-            dict(basis="gdot", level=1.0, density=0.609375, per_sample=False),
-            dict(basis="resize", level=2.1),
-        ]),
-        dict(channels=80, signals=[
-            dict(basis="gdot", level=1.7, density=0.5625, per_sample=True),
-            dict(basis="resize", level=0.5),
-        ]),
+        stage(80, dict(basis="gdot", level=1.6, density=0.5, per_sample=True),
+                  dict(basis="resize", level=1.3)),
+        stage(32, dict(basis="dot", level=2.2, density=0.71875, per_sample=True),
+                  dict(basis="gdot", level=1.0, density=0.609375, per_sample=False),
+                  dict(basis="resize", level=2.1)),
+        stage(80, dict(basis="gdot", level=1.7, density=0.5625, per_sample=True),
+                  dict(basis="resize", level=0.5)),
     ]),
     "resnet": Task(dict(kind="gaussian", level=0.9), [
-        dict(channels=16, signals=[
-            dict(basis="sin1d", level=1.1, frequencies=[.3792, .3348, .3835, .2973, .3064, .3438, .2157, .3374, .3203, .2363], per_sample=False),
-            dict(basis="dot", level=0.5, density=0.09375, per_sample=False),
-        ]),
-        dict(channels=16, signals=[
-            dict(basis="sin2d", level=1.2, frequencies=[.1185, .2206, .0596, .2331, .2272, .2653, .1877, .1083, .1095, .0563], per_sample=True),
-            dict(basis="dot", level=2.9, density=0.3125, per_sample=True),
-            dict(basis="resize", level=2.3),
-        ]),
-        dict(channels=32, signals=[
-            dict(basis="sin2d", level=1.8, frequencies=[.3785, .3794, .3447, .2706, .2607, .3945, .2793, .3832, .3228, .3014], per_sample=True),
-            dict(basis="gdot", level=2.1, density=0.5, per_sample=False),
-        ]),
+        stage(16, dict(basis="sin1d", level=1.1, frequencies=[.3792, .3348, .3835, .2973, .3064, .3438, .2157, .3374, .3203, .2363], per_sample=False),
+                  dict(basis="dot", level=0.5, density=0.09375, per_sample=False)),
+        stage(16, dict(basis="sin2d", level=1.2, frequencies=[.1185, .2206, .0596, .2331, .2272, .2653, .1877, .1083, .1095, .0563], per_sample=True),
+                  dict(basis="dot", level=2.9, density=0.3125, per_sample=True),
+                  dict(basis="resize", level=2.3)),
+        stage(32, dict(basis="sin2d", level=1.8, frequencies=[.3785, .3794, .3447, .2706, .2607, .3945, .2793, .3832, .3228, .3014], per_sample=True),
+                  dict(basis="gdot", level=2.1, density=0.5, per_sample=False)),
     ]),
 }
 
@@ -280,6 +260,7 @@ TASKS = {
 CIFAR = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # channel means and standard deviations of 0..255 values
 IMAGENET16 = (122.68, 116.66, 104.01), (63.22, 61.26, 65.09)
 STATISTICS = {3 * 32 * 32: CIFAR, 3 * 16 * 16: IMAGENET16}  # by the length of a row of a pickled batch
+PIXELS = "uint8", "float16", "float32", "float64"
 BATCHES = "data_batch_1", "train", "train_data_batch_1"  # the first training file of CIFAR-10, CIFAR-100, ImageNet16
 
 
@@ -338,9 +319,9 @@ def read_array(path: Path) -> tuple[np.ndarray, Any]:
     with open(path, "rb") as file:
         content = np.load(file, allow_pickle=False)
         arrays = [content] if isinstance(content, np.ndarray) else [content[name] for name in content.files]
-    images = next(array for array in [*arrays, np.empty(0)] if array.ndim == 4 or not array.size)
-    if images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]) or images.dtype.name not in ("uint8", "float16", "float32", "float64"):
-        raise ValueError(f"no images in arrays of shape {[array.shape for array in arrays]}, type {[array.dtype.name for array in arrays]}")
+    images = max(arrays, key=np.ndim)
+    if images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]) or images.dtype.name not in PIXELS:
+        raise ValueError(f"{images.dtype.name} array of shape {images.shape}")
     return (images.transpose(0, 3, 1, 2) if images.shape[3] == 3 else images), None
 
 
@@ -658,7 +639,7 @@ def plot_signals(task: Task, images: Tensor, seed: int, path: str, count: int = 
     for (label, maps), line in zip(rows, axes):
         for column, ax in enumerate(line):
             image, channel = divmod(column, count)
-            ax.imshow(maps[image, channel % maps.shape[1]], cmap="RdBu", vmin=-maps.abs().max(), vmax=maps.abs().max())
+            ax.imshow(maps[image, channel % maps.shape[1]].numpy(), cmap="RdBu", vmin=-maps.abs().max(), vmax=maps.abs().max())
             ax.set(xticks=[], yticks=[])
             if ax in axes[0]:
                 ax.set_title(f"image {image + 1}\nchannel {channel + 1}", fontsize=8)

@@ -1,0 +1,870 @@
+"""Tests of gennas on tiny networks: few channels, one cell a stage, a few steps. Where a number is checked, it is
+computed here a second time, by the plainest means."""
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gennas
+import search_spaces
+from gennas import Regression, Scorer, Settings, Task, regularized_evolution
+from search_spaces import NB201
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared"  # recorded accuracies and images; the tests that want them skip without
+RICH = "|nor_conv_3x3~0|+|nor_conv_1x1~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_1x1~2|"
+DEAD = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
+FREQUENCIES = [.05, .1, .12, .2, .22, .3, .33, .4, .41, .45]
+ARCHS = list(itertools.product(NB201.OPS, repeat=6))
+
+
+@functools.cache
+def classes() -> dict[str, list[tuple[str, ...]]]:
+    """All cells of NAS-Bench-201 by their key."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for arch in ARCHS:
+        found.setdefault(NB201().key(arch), []).append(arch)
+    return found
+
+
+def rng_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def task(*stages: list[dict], noise: float = 0.1, channels: int = 5) -> Task:
+    return Task({"kind": "uniform", "level": noise}, [{"channels": channels, "signals": signals} for signals in stages])
+
+
+def small_task() -> Task:
+    return task([{"basis": "sin1d", "level": 1.0, "frequencies": FREQUENCIES, "per_sample": True}],
+                [{"basis": "gdot", "level": 2.0, "density": 0.4, "per_sample": False}], [{"basis": "resize", "level": 1.5}])
+
+
+def images(seed: int = 0) -> torch.Tensor:
+    return gennas.load_images("synthetic", seed)[0]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The space that the command line calls nb201, with 4 channels and one cell a stage."""
+    monkeypatch.setitem(search_spaces.SPACES, "nb201", lambda: NB201(width=4, cells=1))
+
+
+@pytest.fixture
+def run(capsys, tiny):
+    """Runs a command line in this process -> (exit status, stdout, stderr)."""
+    def call(*words) -> tuple[int, str, str]:
+        try:
+            gennas.main(["--space", "nb201", "--steps", "2", *map(str, words)])
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return call
+
+
+def last_json(text: str) -> dict:
+    return json.loads(text.splitlines()[-1])
+
+
+# ----------------------------------------------------------------------------------------------------- signal bases
+def plain_waves(fy: list[float], fx: list[float], shape, seed: int) -> np.ndarray:
+    B, C, H, W = shape
+    rng = rng_of(seed)
+    keys = torch.rand(B, 32 * len(fy), generator=rng)
+    phases = torch.rand(B, C, generator=rng)
+    out = np.zeros(shape)
+    for b in range(B):
+        order = sorted(range(keys.shape[1]), key=lambda m: -keys[b, m])[:C]
+        for c, m in enumerate(order):
+            for y in range(H):
+                for x in range(W):
+                    out[b, c, y, x] = math.sin(2 * math.pi * (fy[m // 32] * (y + 1) + fx[m // 32] * (x + 1) + float(phases[b, c])))
+    return out
+
+
+def test_sin1d():
+    expected = plain_waves(FREQUENCIES + [0] * 10, [0] * 10 + FREQUENCIES, (2, 20, 8, 6), seed=1)
+    np.testing.assert_allclose(gennas.sin1d(rng_of(1), (2, 20, 8, 6), FREQUENCIES), expected, atol=2e-5)
+
+
+def test_sin2d():
+    f, g = [f for f in FREQUENCIES for _ in FREQUENCIES], FREQUENCIES * 10
+    expected = plain_waves(f + [-f for f in f], g + g, (2, 20, 8, 6), seed=1)
+    np.testing.assert_allclose(gennas.sin2d(rng_of(1), (2, 20, 8, 6), FREQUENCIES), expected, atol=2e-5)
+
+
+def test_sin1d_draws_all_640_maps_without_replacement():
+    maps = gennas.sin1d(rng_of(0), (1, 640, 8, 8), FREQUENCIES)[0].double()
+    along_y = (maps.std(2) < 1e-4).all(1)
+    assert along_y.sum() == (maps.std(1) < 1e-4).all(1).sum() == 320
+    # s(y + 1) + s(y - 1) = 2 cos(2 pi f) s(y) tells the frequency
+    profiles = torch.where(along_y[:, None], maps[:, :, 0], maps[:, 0, :])
+    ratio = ((profiles[:, 2:] + profiles[:, :-2]) * profiles[:, 1:-1]).sum(1) / (2 * profiles[:, 1:-1] ** 2).sum(1)
+    found = torch.arccos(ratio.clamp(-1, 1)) / (2 * math.pi)
+    nearest = (found[:, None] - torch.tensor(FREQUENCIES)).abs().argmin(1)
+    assert torch.bincount(nearest).tolist() == [64] * 10
+
+
+@pytest.mark.parametrize("density, count", [(0, 0), (0.01, 0), (0.1, 4), (0.578125, 27), (1, 48)])
+def test_dot(density, count):
+    maps = gennas.dot(rng_of(3), (4, 50, 8, 6), density)
+    assert ((maps != 0).sum((2, 3)) == count).all() and set(maps.unique().tolist()) <= {-1, 0, 1}
+    if count:  # signs and places are even: 200 maps, four standard deviations
+        assert abs(maps.sum()) < 4 * math.sqrt(200 * count)
+        assert ((maps != 0).float().mean((0, 1)) - count / 48).abs().max() < 4 * math.sqrt(0.25 / 200)
+
+
+@pytest.mark.parametrize("density", [0, 0.3])
+def test_gdot(density):
+    dots = gennas.dot(rng_of(5), (2, 3, 8, 6), density, least=1).numpy()
+    weights = [math.exp(-d * d / 2) for d in range(-4, 5)]
+
+    def mirrored(i: int, n: int) -> int:  # d c b a | a b c d | d c b a
+        while not 0 <= i < n:
+            i = -1 - i if i < 0 else 2 * n - 1 - i
+        return i
+
+    for b, c in itertools.product(range(2), range(3)):
+        blurred = np.zeros((8, 6))
+        for y, x, dy, dx in itertools.product(range(8), range(6), range(-4, 5), range(-4, 5)):
+            blurred[y, x] += weights[dy + 4] * weights[dx + 4] * dots[b, c, mirrored(y + dy, 8), mirrored(x + dx, 6)]
+        actual = gennas.gdot(rng_of(5), (2, 3, 8, 6), density)[b, c]
+        np.testing.assert_allclose(actual, blurred / np.abs(blurred).max(), atol=1e-5)
+
+
+def test_resize():
+    pictures = images()
+    maps = gennas.resize(rng_of(2), (16, 7, 8, 8), pictures)
+    colours = torch.randint(0, 3, (7,), generator=rng_of(2)).tolist()
+    low, high = pictures[:, :, ::4, ::4].min(), pictures[:, :, ::4, ::4].max()
+    for b, c, y, x in itertools.product(range(16), range(7), range(8), range(8)):
+        assert maps[b, c, y, x] == pytest.approx(2 * float((pictures[b, colours[c], 4 * y, 4 * x] - low) / (high - low)) - 1, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- task
+def test_targets_are_sums_of_signals():
+    one = {"basis": "sin1d", "level": 0.5, "frequencies": FREQUENCIES, "per_sample": True}
+    shared = {"basis": "dot", "level": 2.0, "density": 0.5, "per_sample": False}
+    both, first, none = task([one, shared], [one], []).targets(images(), seed=4)
+    assert both.shape == (16, 5, 8, 8) and not none.any()
+    rest = both - task([one], [], []).targets(images(), seed=4)[0]
+    torch.testing.assert_close(rest, rest[:1].expand_as(rest))
+    assert set(rest.abs().round(decimals=4).unique().tolist()) == {0, 2}
+    assert not torch.equal(first[0], first[1]) and first.abs().max() <= 0.5
+    assert not torch.equal(both, task([one, shared], [], []).targets(images(), seed=5)[0])
+
+
+def test_published_tasks():
+    for name, published in gennas.TASKS.items():
+        assert Task.from_json(published.to_json()) == published, name
+        assert [t.shape[1] for t in published.targets(images(), 0)] == [s["channels"] for s in published.stages]
+    if SHARED.exists():
+        authors = json.loads((SHARED / "published_tasks.json").read_text())
+        for name, published in gennas.TASKS.items():
+            assert json.loads(published.to_json()) == authors[name], name
+
+
+@pytest.mark.parametrize("path, value", [
+    (["noise"], None), (["noise", "kind"], "pink"), (["noise", "kind"], ["uniform"]), (["noise", "level"], -1),
+    (["noise", "level"], True), (["noise", "level"], math.nan), (["stages"], []), (["stages", 0], 3),
+    (["stages", 0, "channels"], 0), (["stages", 0, "channels"], 641), (["stages", 0, "channels"], 8.0),
+    (["stages", 0, "signals"], None), (["stages", 0, "signals", 0], "dot"), (["stages", 0, "signals", 0, "basis"], "cos"),
+    (["stages", 0, "signals", 0, "basis"], []), (["stages", 0, "signals", 0, "level"], "1"),
+    (["stages", 0, "signals", 0, "frequencies"], [0.1] * 9), (["stages", 0, "signals", 0, "frequencies", 3], 0.5),
+    (["stages", 0, "signals", 0, "per_sample"], 1), (["stages", 1, "signals", 0, "density"], 1.01),
+    (["stages", 0, "signals", 0, "density"], 0.5), (["surplus"], 1),
+])
+def test_a_task_field_out_of_range(path, value):
+    data = json.loads(small_task().to_json())
+    part = data
+    for step in path[:-1]:
+        part = part[step]
+    part[path[-1]] = value
+    with pytest.raises(ValueError, match=re.escape("task") + ".*right is"):
+        Task.from_json(json.dumps(data))
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+def write_pickle(path: Path, data: dict) -> None:
+    with open(path, "wb") as file:
+        pickle.dump(data, file, protocol=2)
+
+
+def test_synthetic_images():
+    a, name = gennas.load_images("synthetic", 0)
+    assert a.shape == (16, 3, 32, 32) and "synthetic" in name
+    assert torch.equal(a, images(0)) and not torch.equal(a, images(1))
+    assert a.mean((0, 2, 3)).abs().max() < 1e-5 and (a.std((0, 2, 3)) - 1).abs().max() < 1e-5
+    many = gennas.synthetic_images(rng_of(0), 400)
+    amplitude = torch.fft.fft2(many).abs().square().mean((0, 1)).sqrt()[0]  # along x
+    assert (amplitude[1] / amplitude[2:9]).numpy() == pytest.approx(np.arange(2, 9), rel=0.15)
+    red, green = many[:, 0].flatten(), many[:, 1].flatten()
+    assert torch.corrcoef(torch.stack([red, green]))[0, 1] == pytest.approx(0.9, abs=0.02)
+
+
+@pytest.mark.parametrize("layout", ["cifar10 file", "cifar10 folder", "cifar100 folder"])
+def test_cifar_batches(tmp_path, layout):
+    data = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    name = "train" if "100" in layout else "data_batch_1"
+    write_pickle(tmp_path / name, {b"data": data, b"fine_labels": list(range(20)), b"batch_label": b"training"})
+    loaded, _ = gennas.load_images(str(tmp_path / name if "file" in layout else tmp_path), 0)
+    expected = (data[2, 1 * 1024 + 5 * 32 + 7] - 123.0) / 62.1  # image 2, green, row 5, column 7
+    assert loaded.shape == (16, 3, 32, 32) and loaded[2, 1, 5, 7] == pytest.approx(expected, abs=1e-5)
+
+
+def test_imagenet16_batch(tmp_path):
+    data = np.random.default_rng(0).integers(0, 256, (20, 768), dtype=np.uint8)
+    write_pickle(tmp_path / "train_data_batch_1", {"data": data, "labels": [1] * 20, "mean": np.zeros(768)})
+    loaded, _ = gennas.load_images(str(tmp_path), 0)
+    expected = (data[3, 2 * 256 + 5 * 16 + 7] - 104.01) / 65.09
+    assert loaded.shape == (16, 3, 32, 32) and loaded[3, 2, 10, 14] == loaded[3, 2, 11, 15] == pytest.approx(expected, abs=1e-5)
+
+
+def test_arrays(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    versions = {"a.npy": pixels, "b.npy": pixels.transpose(0, 3, 1, 2), "c.npy": pixels / 255, "d.npz": None}
+    for name, version in versions.items():
+        np.savez(tmp_path / name, y=np.arange(16), x=pixels) if version is None else np.save(tmp_path / name, version)
+    loaded = [gennas.load_images(str(tmp_path / name), 0)[0] for name in versions]
+    plain = (pixels - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2), ddof=1)
+    for version in loaded:
+        np.testing.assert_allclose(version, plain.transpose(0, 3, 1, 2), atol=1e-4)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch {}".format("hostile_was_here"),)
+
+
+def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pickle(tmp_path / "data_batch_1", {b"data": Hostile()})
+    with pytest.raises(ValueError, match="asks for (posix|nt).system"):
+        gennas.load_images(str(tmp_path), 0)
+    assert not (tmp_path / "hostile_was_here").exists()
+    for text in (b"cbuiltins\neval\n(S'1'\ntR.", b"cnumpy\nload\n(S'x'\ntR.", b"c_codecs\ndecode\n(S'x'\ntR."):
+        (tmp_path / "data_batch_1").write_bytes(text)
+        with pytest.raises(ValueError, match="asks for"):
+            gennas.load_images(str(tmp_path), 0)
+
+
+# ---------------------------------------------------------------------------------------------------- NAS-Bench-201
+def live_terms(arch: tuple[str, ...]):
+    """The live graph of a cell, by recursion from the output: {op instance (an edge): its sources}, output's sources."""
+    ops = dict(zip(NB201.EDGES, arch))
+    instances = {}
+
+    def node(j: int) -> list:
+        if j == 0:
+            return ["x"]
+        found = []
+        for i in range(j):
+            below = node(i)
+            if ops[i, j] == "skip_connect":
+                found += below
+            elif ops[i, j] != "none" and below:
+                instances[i, j] = (ops[i, j], below)
+                found.append((i, j))
+        return found
+
+    output = node(3)
+    reached, todo = set(), list(output)
+    while todo:
+        term = todo.pop()
+        if term != "x" and term not in reached:
+            reached.add(term)
+            todo += instances[term][1]
+    return {term: instances[term] for term in reached}, output
+
+
+def isomorphic(a, b) -> bool:
+    (ops_a, out_a), (ops_b, out_b) = live_terms(a), live_terms(b)
+    if len(ops_a) != len(ops_b) or len(out_a) != len(out_b):
+        return False
+    for order in itertools.permutations(ops_b):
+        name = {"x": "x", **dict(zip(ops_a, order))}
+        image = {name[t]: (op, sorted(str(name[s]) for s in sources)) for t, (op, sources) in ops_a.items()}
+        if (sorted(str(name[t]) for t in out_a) == sorted(map(str, out_b))
+                and all(image[t] == (op, sorted(map(str, sources))) for t, (op, sources) in ops_b.items())):
+            return True
+    return False
+
+
+def test_nb201_has_5425_networks():
+    assert len(classes()) == 5425
+
+
+def test_nb201_keys_are_isomorphism_classes():
+    space, rng = NB201(), random.Random(0)
+    sample = rng.sample(ARCHS, 120) + [a for a in ARCHS if a.count("none") + a.count("skip_connect") >= 5][::7]
+    for _ in range(20):  # and whole classes, where equal keys are to be found
+        sample += classes()[space.key(rng.choice(ARCHS))][:3]
+    equal = 0
+    for a, b in itertools.combinations(sample, 2):
+        assert (space.key(a) == space.key(b)) == isomorphic(a, b), (a, b)
+        equal += isomorphic(a, b)
+    assert equal > 50
+
+
+def test_nb201_round_trip_and_mutation():
+    space, rng = NB201(), random.Random(1)
+    for _ in range(200):
+        arch = space.random(rng)
+        assert space.parse(space.format(arch)) == arch
+        numbers = [space.OPS.index(op) for op in arch]
+        assert space.parse(json.dumps([numbers[:1], numbers[1:3], numbers[3:]])) == arch
+        child = space.mutate(arch, rng)
+        assert sum(a != b for a, b in zip(arch, child)) == 1 and set(child) <= set(space.OPS)
+        assert space.key(child) != space.key(arch)
+
+
+def test_nb201_random_is_uniform():
+    rng = random.Random(2)
+    counts = [arch.count("none") for arch in (NB201().random(rng) for _ in range(2000))]
+    assert sum(counts) / 12000 == pytest.approx(0.2, abs=0.015)
+
+
+@pytest.mark.parametrize("text", ["", "|", "nor_conv_3x3", RICH[:-1], RICH + "|", RICH.replace("~2", "~1"), RICH.replace("1x1", "5x5"),
+                                  "[[1],[2,3],[1,2,5]]", "[[1],[2,3],[1,2]]", "[[1],[2,3],[1,2,-1]]", "[[1],[2,3],[1,2,true]]", "12"])
+def test_nb201_refuses(text):
+    with pytest.raises(ValueError, match="not a NAS-Bench-201 cell"):
+        NB201().parse(text)
+
+
+def test_nb201_params_by_hand():
+    conv = {"nor_conv_1x1": 1, "nor_conv_3x3": 9}
+    for arch in random.Random(3).sample(ARCHS, 20):
+        total = 3 * 16 * 9 + 2 * 16  # stem
+        for c in (16, 32, 64):
+            total += 5 * sum(conv[op] * c * c + 2 * c for op in arch if op in conv)
+        for c in (32, 64):  # the residual blocks: two 3x3, their batch norms, the shortcut
+            total += c // 2 * c * 9 + c * c * 9 + 4 * c + c // 2 * c
+        assert NB201().params(arch) == total + 2 * 64 + 64 * 10 + 10
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the recorded parameter counts")
+def test_nb201_params_as_recorded():
+    for text, recorded in json.loads((SHARED / "labels/nb201_params.json").read_text()):
+        assert round(NB201().params(NB201().parse(text)), -2) == recorded, text
+
+
+def test_nb201_network_against_its_definition():
+    """The network's maps equal those of a plain walk over the cell's nodes; weights are matched by operation, so the
+    cells have each convolution at most once."""
+    space, rng, checked = NB201(width=4, cells=1), random.Random(4), 0
+    norm = lambda x: (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    while checked < 25:
+        arch = space.random(rng)
+        if arch.count("nor_conv_1x1") > 1 or arch.count("nor_conv_3x3") > 1:
+            continue
+        checked += 1
+        network = space.build(arch).train()
+        x = torch.randn(2, 3, 32, 32, generator=rng_of(checked))
+        taps = network(x)
+        assert [tuple(t.shape) for t in taps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)]
+        for stage, tap in zip(network.stages, taps):
+            entry, cell = stage
+            if isinstance(entry, nn.Sequential):
+                x = norm(F.conv2d(x, entry[0].weight, padding=1))
+            else:
+                first, second = entry.body
+                deep = norm(F.conv2d(F.relu(x), first[1].weight, stride=2, padding=1))
+                deep = norm(F.conv2d(F.relu(deep), second[1].weight, padding=1))
+                x = deep + F.conv2d(F.avg_pool2d(x, 2), entry.shortcut[1].weight)
+            weights = {v.op: op[1].weight for v, op in zip(cell.graph[1:-1], cell.ops) if "conv" in v.op}
+            nodes = [x, 0 * x, 0 * x, 0 * x]
+            for (i, j), op in zip(space.EDGES, arch):
+                if op == "skip_connect":
+                    nodes[j] = nodes[j] + nodes[i]
+                elif op == "avg_pool_3x3":
+                    ones = F.avg_pool2d(torch.ones_like(x), 3, 1, 1)
+                    nodes[j] = nodes[j] + F.avg_pool2d(nodes[i], 3, 1, 1) / ones
+                elif op in weights:
+                    nodes[j] = nodes[j] + norm(F.conv2d(F.relu(nodes[i]), weights[op], padding=weights[op].shape[-1] // 2))
+            x = nodes[3]
+            torch.testing.assert_close(tap, x, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_dead_is_built():
+    arch = NB201().parse("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|nor_conv_3x3~0|none~1|none~2|")
+    cell = NB201(width=4, cells=1).build(arch).stages[0][1]
+    assert len(cell.ops) == 1
+    taps = NB201(width=4, cells=1).build(NB201().parse(DEAD))(torch.randn(2, 3, 32, 32))
+    assert [tuple(t.shape) for t in taps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)] and not any(t.any() for t in taps)
+
+
+def test_canonical_graph_is_independent_of_the_order():
+    """Random graphs larger than any cell, their vertices shuffled."""
+    rng = random.Random(5)
+    for _ in range(200):
+        size = rng.randint(3, 9)
+        graph = [search_spaces.Vertex("input", ())]
+        for i in range(1, size):
+            graph.append(search_spaces.Vertex(rng.choice("ab"), tuple(rng.choices(range(i), k=rng.randint(1, 2)))))
+        graph.append(search_spaces.Vertex("output", tuple(rng.choices(range(size), k=2))))
+        depth_order = [0, *rng.sample(range(1, size), size - 1), size]
+        while any(depth_order.index(j) > depth_order.index(i) for i in range(size + 1) for j in graph[i].inputs):
+            depth_order = [0, *rng.sample(range(1, size), size - 1), size]
+            if rng.random() < 0.01:
+                depth_order = list(range(size + 1))
+        shuffled = tuple(search_spaces.Vertex(graph[i].op, tuple(rng.sample([depth_order.index(j) for j in graph[i].inputs],
+                         len(graph[i].inputs)))) for i in depth_order)
+        result = search_spaces.canonical(tuple(graph))
+        assert result == search_spaces.canonical(shuffled)
+        assert all(j < i for i, v in enumerate(result) for j in v.inputs)  # topological
+        assert sorted(v.op for v in result) == sorted(v.op for v in graph)
+
+
+# ------------------------------------------------------------------------------------------------------- regression
+class Linear:
+    """A space of one network whose taps are 1x1 convolutions of the image, to check the training by hand."""
+    name = "linear"
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return [self.mix(x), self.mix(x)[:, :, ::2, ::2], self.mix(x)[:, :, ::4, ::4]]
+
+    def key(self, arch):
+        return arch
+
+    format = params = parse = lambda self, arch: arch
+
+    def build(self, arch):
+        return self.Body()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "gaussian"])
+def test_regression_by_hand(kind):
+    """Three steps and the final loss, every formula written out: noise, batch norm, loss, momentum, weight decay."""
+    hand_task = replace(small_task(), noise={"kind": kind, "level": 0.3})
+    losses = Regression(hand_task, images(), Settings(steps=3), seed=7)(Linear(), "a")
+    with torch.random.fork_rng():
+        torch.manual_seed(gennas.seed_of("weights", "linear", "a", 7))
+        body = Linear.Body()
+        heads = [(nn.BatchNorm2d(2), nn.Conv2d(2, 5, 1))[1] for _ in range(3)]
+    w, b = body.mix.weight, body.mix.bias
+    leaves = [w, b]
+    for head in heads:
+        leaves += [head.weight, head.bias, torch.ones(2, requires_grad=True), torch.zeros(2, requires_grad=True)]
+    velocity = [torch.zeros_like(p) for p in leaves]
+    running = [[torch.zeros(2), torch.ones(2)] for _ in heads]
+    targets = hand_task.targets(images(), 7)
+    rng = rng_of(gennas.seed_of("noise", "linear", "a", 7))
+    expected = []
+    for step in range(4):
+        noise = torch.empty(16, 3, 32, 32).to(memory_format=torch.channels_last)
+        noisy = images() + 0.3 * (noise.uniform_(-1, 1, generator=rng) if kind == "uniform" else noise.normal_(generator=rng))
+        loss = 0
+        for i, (target, weight) in enumerate(zip(targets, (0.25, 0.5, 1))):
+            tap = torch.einsum("oi,bihw->bohw", w[:, :, 0, 0], noisy) + b[:, None, None]
+            tap = tap[:, :, ::4, ::4]
+            hw, hb, gamma, beta = leaves[2 + 4 * i: 6 + 4 * i]
+            mean, var = (tap.mean((0, 2, 3)), tap.var((0, 2, 3), unbiased=False)) if step < 3 else running[i]
+            if step < 3:
+                running[i][0] = 0.9 * running[i][0] + 0.1 * mean.detach()
+                running[i][1] = 0.9 * running[i][1] + 0.1 * tap.var((0, 2, 3)).detach()
+            tap = (tap - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt() * gamma[:, None, None] + beta[:, None, None]
+            output = torch.einsum("oi,bihw->bohw", hw[:, :, 0, 0], tap) + hb[:, None, None]
+            loss = loss + weight * ((output - target) ** 2).sum() / target.numel()
+        expected.append(loss.item())
+        gradients = torch.autograd.grad(loss, leaves)
+        with torch.no_grad():
+            for p, g, v in zip(leaves, gradients, velocity):
+                v.mul_(0.9).add_(g + 4e-5 * p if p.ndim > 1 else g)
+                p.sub_(0.1 * v)
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def losses_of(*texts: str, seed: int = 0) -> list[float]:
+    space = NB201(width=4, cells=1)
+    scorer = Scorer(space, Regression(small_task(), images(), Settings(steps=2), seed))
+    return scorer([space.parse(text) for text in texts])
+
+
+def test_score_is_pure():
+    """Independent of order, of the global generators, which it leaves alone, and of the process."""
+    other = "[[4],[2,3],[0,1,3]]"
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a, b = losses_of(RICH, other)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert losses_of(other, RICH) == [b, a] and a != b
+    assert losses_of(RICH, seed=1) != [a]
+    code = f"import test_gennas as t; print(t.losses_of({RICH!r}))"
+    fresh = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    assert json.loads(fresh.stdout) == [a]
+
+
+def test_equal_keys_equal_scores():
+    space, rng = NB201(width=4, cells=1), random.Random(6)
+    regression = Regression(small_task(), images(), Settings(steps=2))
+    for archs in rng.sample([archs for archs in classes().values() if len(archs) > 1], 8):
+        assert regression(space, archs[0]) == regression(space, archs[-1])
+
+
+def test_no_step_waits_for_the_device():
+    space = NB201(width=4, cells=1)
+
+    regression = Regression(small_task(), images(), Settings(steps=3))
+    with torch.profiler.profile() as profile:
+        regression(space, space.parse(RICH))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::convolution_backward"] == 3 * 22 and not {"aten::item", "aten::_local_scalar_dense"} & calls.keys()
+
+
+class Exploding(Linear):
+    """Network "bad" gives infinite maps."""
+
+    def build(self, arch):
+        body = self.Body()
+        if arch == "bad":
+            nn.init.constant_(body.mix.bias, math.inf)
+        return body
+
+
+def test_diverged_networks_rank_last_and_are_marked():
+    scorer = Scorer(Exploding(), Regression(small_task(), images(), Settings(steps=2)))
+    good, bad = scorer(["good", "bad"])
+    assert math.isfinite(good) and bad == math.inf and scorer.scores["bad"].loss is None
+    assert gennas.spearman([-good, -bad, -math.inf], [3, 2, 1]) == pytest.approx(3 / math.sqrt(12))
+    assert gennas.show_loss(bad) == "diverged" and gennas.finite(bad) is None
+
+
+# -------------------------------------------------------------------------------------------------------- evolution
+class ScriptedRng:
+    """`sample` returns the members of the queue at the scripted places."""
+
+    def __init__(self, places):
+        self.places, self.queues = iter(places), []
+
+    def sample(self, queue, count):
+        self.queues.append([candidate for candidate, _ in queue])
+        return [queue[place] for place in next(self.places)][:count]
+
+
+def test_evolution_by_hand():
+    """Population 3, tournament 2: candidates are numbers, a child is its parent + 10, the loss is the distance to 25."""
+    initial = iter([1, 2, 3])
+    rng = ScriptedRng([(0, 1), (0, 2), (1, 2), (0, 1)])
+    history = regularized_evolution(lambda rng: next(initial), lambda parent, rng: parent + 10,
+                                    lambda batch: [abs(c - 25) for c in batch], rng, population=3, tournament=2, cycles=4)
+    # 1 2 3: of 1, 2 the better is 2 -> 12; 2 3 12: of 2, 12: 12 -> 22; 3 12 22: of 12, 22: 22 -> 32; 12 22 32: of 12, 22: 22 -> 32
+    assert rng.queues == [[1, 2, 3], [2, 3, 12], [3, 12, 22], [12, 22, 32]]
+    assert history == [(1, 24), (2, 23), (3, 22), (12, 13), (22, 3), (32, 7), (32, 7)]
+
+
+def test_evolution_in_batches():
+    initial = iter([1, 2, 3])
+    rng = ScriptedRng([(0, 1), (1, 2), (0, 1)])
+    sizes = []
+    history = regularized_evolution(lambda rng: next(initial), lambda parent, rng: parent + 10,
+                                    lambda batch: sizes.append(len(batch)) or [abs(c - 25) for c in batch],
+                                    rng, population=3, tournament=2, cycles=3, batch=2)
+    assert rng.queues == [[1, 2, 3], [1, 2, 3], [3, 12, 13]] and sizes == [3, 2, 1]
+    assert [candidate for candidate, _ in history] == [1, 2, 3, 12, 13, 22]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_evolution_finds_a_known_optimum(batch):
+    flip = lambda bits, rng: tuple(b ^ (i == place) for place in [rng.randrange(20)] for i, b in enumerate(bits))
+    history = regularized_evolution(lambda rng: tuple(rng.randint(0, 1) for _ in range(20)), flip,
+                                    lambda batch: [20 - sum(bits) for bits in batch], random.Random(0), 20, 5, 600, batch)
+    assert len(history) == 620 and min(loss for _, loss in history) == 0
+
+
+# ------------------------------------------------------------------------------------------------- rank correlation
+def test_rank_correlations_by_definition():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = rng.integers(0, 6, 15), rng.integers(0, 6, 15)  # many ties
+        place = lambda v: np.array([(v < x).sum() + ((v == x).sum() + 1) / 2 for x in v])
+        assert gennas.spearman(a, b) == pytest.approx(np.corrcoef(place(a), place(b))[0, 1])
+        pairs = list(itertools.combinations(range(15), 2))
+        concordance = sum(np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in pairs)
+        untied = [sum(v[i] != v[j] for i, j in pairs) for v in (a, b)]
+        assert gennas.kendall(a, b) == pytest.approx(concordance / math.sqrt(untied[0] * untied[1]))
+    assert math.isnan(gennas.spearman([1, 1, 1], [1, 2, 3])) and math.isnan(gennas.kendall([1, 2, 3], [4, 4, 4]))
+    assert gennas.spearman([1, 2, 3], [10, 20, 30]) == gennas.kendall([1, 2, 3], [10, 20, 30]) == 1
+
+
+def test_bootstrap_interval():
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=100)
+    b = a + rng.normal(size=100)
+    low, high = gennas.spearman_interval(a, b)
+    rho = gennas.spearman(a, b)
+    assert low < rho < high and 0.05 < high - low < 0.35  # the normal theory's: about 4 (1 - rho^2) / 10
+    assert gennas.spearman_interval(a, a) == (1, 1)
+
+
+# ------------------------------------------------------------------------------------------------ the record, resume
+def test_search_resumes_after_kill(tmp_path):
+    """A run killed in its middle, continued by the same command, ends as the undisturbed one and trains nothing twice."""
+    words = [sys.executable, "gennas.py", "--space", "nb201", "--steps", "1", "--population", "4", "--tournament", "2",
+             "--cycles", "5", "--json", "--out"]
+    undisturbed = subprocess.run([*words, tmp_path / "a.jsonl"], cwd=HERE, capture_output=True, text=True, check=True)
+    out = tmp_path / "b.jsonl"
+    victim = subprocess.Popen([*words, out], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    victim.kill()
+    assert victim.wait() == -signal.SIGKILL
+    done = out.read_bytes().count(b"\n") - 1
+    resumed = subprocess.run([*words, out], cwd=HERE, capture_output=True, text=True, check=True)
+    results = [last_json(process.stdout) for process in (undisturbed, resumed)]
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1] and results[0]["evaluated"] == 9
+    keys = [json.loads(line)["key"] for line in out.read_text().splitlines()[1:]]
+    assert 3 <= done < len(keys) == len(set(keys)) == results[0]["unique"]
+
+
+def test_record(run, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    command = "--mode", "score", RICH, DEAD, "--out", out, "--json"
+    first = run(*command)
+    whole = out.read_text()
+    assert first[0] == 0 and len(whole.splitlines()) == 3
+    assert last_json(run(*command)[1])["results"] == last_json(first[1])["results"] and out.read_text() == whole
+
+    out.write_text(whole[:-20])  # torn: the last network is scored again
+    status, stdout, stderr = run(*command)
+    assert status == 0 and "torn last line is dropped" in stderr
+    strip = lambda text: [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+    assert strip(out.read_text()) == strip(whole)
+    out.write_text(whole[:100])  # torn in the settings
+    assert run(*command)[0] == 0 and strip(out.read_text()) == strip(whole)
+
+    for change, word in ((("--steps", 3), "steps"), (("--seed", 1), "seed"), (("--task", "combo"), "task")):
+        status, _, stderr = run(*command, *change)
+        assert status == 2 and f"made with {word}" in stderr and stderr.count("\n") == 1
+    assert strip(out.read_text()) == strip(whole)
+
+    lines = whole.splitlines(keepends=True)
+    out.write_text(lines[0] + "{}\n" + lines[1])
+    assert "line 2: not a score" in run(*command)[2]
+    foreign = tmp_path / "letter.txt"
+    foreign.write_text("Dear reader")
+    status, _, stderr = run("--mode", "score", RICH, "--out", foreign)
+    assert status == 2 and "holds no scores" in stderr and foreign.read_text() == "Dear reader"
+
+
+def test_a_second_writer_is_refused(run, tmp_path):
+    pytest.importorskip("fcntl")
+    out = tmp_path / "scores.jsonl"
+    assert run("--mode", "score", RICH, "--out", out)[0] == 0
+    settings = json.loads(out.read_text().splitlines()[0])["settings"]
+    record = gennas.Record(str(out), settings)
+    status, _, stderr = run("--mode", "score", RICH, "--out", out)
+    assert status == 2 and "another run is writing" in stderr
+    record.file.close()
+    assert run("--mode", "score", RICH, "--out", out)[0] == 0
+
+
+def test_each_network_is_trained_once():
+    space, calls = NB201(width=4, cells=1), []
+    regression = lambda space, arch: calls.append(arch) or [1.0]
+    scorer = Scorer(space, regression)
+    twin = space.parse("|none~0|+|nor_conv_3x3~0|none~1|+|none~0|none~1|skip_connect~2|")
+    other = space.parse("|nor_conv_3x3~0|+|none~0|none~1|+|none~0|skip_connect~1|none~2|")
+    assert scorer([twin, other, twin]) == [1.0] * 3 and calls == [twin] and len(scorer.scores) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+def test_search(run, tmp_path):
+    plot = tmp_path / "search.png"
+    command = "--population", 4, "--tournament", 2, "--cycles", 4, "--batch", 2, "--json", "--plot", plot
+    pytest.importorskip("matplotlib")
+    status, stdout, stderr = run(*command)
+    result = last_json(stdout)
+    assert status == 0 and plot.stat().st_size > 1000
+    assert {"mode", "space", "task", "arch", "loss", "params", "evaluated", "unique", "seconds"} <= result.keys()
+    assert result["evaluated"] == 8 >= result["unique"] and result["params"] == NB201().params(NB201().parse(result["arch"]))
+    assert "8/8" in stderr and "best" in stderr and result["arch"] in stdout.splitlines()[0]
+    again = last_json(run(*command)[1])
+    assert again["arch"] == result["arch"] and again["loss"] == result["loss"]
+    assert last_json(run(*command, "--seed", 1)[1])["loss"] != result["loss"]
+
+
+def test_score(run, monkeypatch):
+    import io
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{RICH}\n\n[[3],[2,4],[1,3,2]]\n"))
+    status, stdout, stderr = run("--mode", "score", "-", "--json", "--quiet")
+    first, second = last_json(stdout)["results"]
+    assert status == 0 and stderr == "" and first["arch"] == second["arch"] == RICH and first == second
+    assert first.keys() == {"arch", "loss", "params", "seconds"}
+
+
+def test_correlate(run, tmp_path):
+    labels = tmp_path / "labels.json"
+    rng = random.Random(7)
+    archs = [NB201().random(rng) for _ in range(6)]
+    labels.write_text(json.dumps([[NB201().format(arch), float(i)] for i, arch in enumerate(archs)]))
+    plot = ("--plot", tmp_path / "c.svg") if pytest.importorskip("matplotlib") else ()
+    result = last_json(run("--mode", "correlate", "--labels", labels, "--limit", 5, "--json", *plot)[1])
+    assert {"mode", "space", "task", "n", "spearman", "spearman_ci", "kendall", "seconds_per_arch", "seconds"} <= result.keys()
+    scored = last_json(run("--mode", "score", *map(NB201().format, archs[:5]), "--json")[1])["results"]
+    merits = [-entry["loss"] for entry in scored]
+    assert result["n"] == 5 and result["spearman"] == pytest.approx(gennas.spearman(merits, range(5)))
+    assert result["kendall"] == pytest.approx(gennas.kendall(merits, range(5)))
+
+
+def test_show(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("combo", "darts"):
+        status, stdout, _ = run("--mode", "show", "--task", name, "--plot", tmp_path / f"{name}.png")
+        assert status == 0 and Task.from_json(stdout) == gennas.TASKS[name]
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_task_file_is_a_task(run, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(gennas.TASKS["combo"].to_json())
+    command = "--mode", "score", RICH, "--json", "--task"
+    assert (last_json(run(*command, file)[1])["results"][0]["loss"] == last_json(run(*command, "combo")[1])["results"][0]["loss"]
+            != last_json(run(*command, "darts")[1])["results"][0]["loss"])
+
+
+WRONG = [  # words of the command line, what the message must say
+    (["--space", "nb999"], ["nb999", "nb201"]),
+    (["--mode", "paint"], ["paint", "search"]),
+    (["--preset", "slow"], ["slow", "paper"]),
+    (["--steps", "0"], ["steps", "from 1 up"]),
+    (["--population", "x"], ["population", "whole number"]),
+    (["--population", "5"], ["tournament 10", "at most the population"]),
+    (["--batch", "51"], ["batch 51", "at most the population"]),
+    (["--seed", "-1"], ["seed"]),
+    (["--nonsense"], ["nonsense"]),
+    ([RICH], ["ARCH belongs to --mode score"]),
+    (["--limit", "3"], ["limit belongs to --mode correlate"]),
+    (["--mode", "score"], ["needs ARCH"]),
+    (["--mode", "score", "abc"], ["abc", "NAS-Bench-201", "nor_conv_3x3"]),
+    (["--mode", "score", RICH, "--plot", "x.png"], ["--plot"]),
+    (["--mode", "correlate"], ["needs --labels"]),
+    (["--mode", "correlate", "--labels", "absent.json"], ["absent.json", "No such file"]),
+    (["--mode", "correlate", "--labels", "text.txt"], ["text.txt", "not JSON"]),
+    (["--mode", "correlate", "--labels", "object.json"], ["object.json", "list"]),
+    (["--mode", "correlate", "--labels", "other.json"], ["other.json, entry 1", "NAS-Bench-201"]),
+    (["--mode", "correlate", "--labels", "value.json"], ["value.json, entry 0", "number"]),
+    (["--mode", "correlate", "--labels", "two.json"], ["at least 3"]),
+    (["--task", "guess"], ["guess", "combo"]),
+    (["--task", "absent.json"], ["absent.json", "No such file"]),
+    (["--task", "text.json"], ["text.json", "not JSON"]),
+    (["--task", "task.json"], ["task.json", "task.noise.level", "0 to 10", "99"]),
+    (["--images", "absent.npz"], ["absent.npz", "No such file"]),
+    (["--images", "text.npz"], ["text.npz", "right is"]),
+    (["--images", "text.txt"], ["text.txt", "python batch"]),
+    (["--images", "grey.npy"], ["grey.npy", "(20, 32, 32)"]),
+    (["--images", "few.npy"], ["few.npy", "3 images, 16 are needed"]),
+    (["--images", "range.npy"], ["range.npy", "[0, 1]"]),
+    (["--images", "flat.npy"], ["flat.npy", "same everywhere"]),
+    (["--images", "long.npy"], ["long.npy", "int64"]),
+    (["--images", "empty"], ["empty", "data_batch_1"]),
+    (["--device", "abacus"], ["abacus"]),
+    (["--out", "absent/x.jsonl"], ["absent/x.jsonl", "No such file"]),
+    (["--out", "empty"], ["empty", "regular file"]),
+    (["--plot", "absent/x.png"], ["absent/x.png", "folder"]),
+    (["--plot", "x.docx"], ["x.docx", ".png"]),
+]
+
+
+@pytest.mark.parametrize("words, said", WRONG, ids=lambda value: " ".join(value)[:40])
+def test_errors_are_one_line_and_exit_2(run, tmp_path, monkeypatch, words, said):
+    if "--plot" in words:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("text.txt", "text.json", "text.npz"):
+        (tmp_path / name).write_text("plain words")
+    data = json.loads(small_task().to_json())
+    data["noise"]["level"] = 99
+    for name, content in {"object.json": {}, "other.json": [[RICH, 1], ["21012", 2], [DEAD, 3]], "value.json": [[RICH, "high"]],
+                          "two.json": [[RICH, 1], [DEAD, 2]], "task.json": data}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    noise = np.random.default_rng(0).random((20, 32, 32, 3))
+    for name, array in {"grey": noise[..., 0], "few": noise[:3], "range": noise * 255, "flat": 0 * noise,
+                        "long": (noise * 255).astype(np.int64)}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    status, stdout, stderr = run(*words)
+    assert status == 2 and stdout == "" and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+    for text in said:
+        assert text in stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_cuda_asked_for_and_absent(run):
+    status, _, stderr = run("--device", "cuda")
+    assert status == 2 and "cuda" in stderr and stderr.count("\n") == 1
+
+
+def test_plot_without_matplotlib(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, stderr = run("--mode", "show", "--plot", "x.png")
+    assert status == 2 and "pip install matplotlib" in stderr and stderr.count("\n") == 1
+
+
+def test_interrupt_tells_the_best(run, monkeypatch):
+    real, calls = Regression.__call__, []
+
+    def interrupted(self, space, arch):
+        calls.append(arch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, space, arch)
+
+    monkeypatch.setattr(Regression, "__call__", interrupted)
+    status, _, stderr = run()
+    assert status == 130 and "interrupted after 2 architectures; best" in stderr
+
+
+def test_importing_does_nothing():
+    code = "import torch, random, numpy as np; s = torch.get_rng_state(), random.getstate(), torch.get_num_threads(); import gennas, search_spaces; " \
+           "assert torch.equal(s[0], torch.get_rng_state()) and s[1:] == (random.getstate(), torch.get_num_threads()); " \
+           "import sys; assert 'matplotlib' not in sys.modules"
+    process = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    return [line.split(" #")[0].strip() for block in blocks for line in block.splitlines() if "gennas.py" in line]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands(run, tmp_path, monkeypatch, command):
+    """Each command that the README shows runs, on the tiny space; files that it reads are made here."""
+    monkeypatch.chdir(tmp_path)
+    if "--plot" in command:
+        pytest.importorskip("matplotlib")
+    Path("labels.json").write_text(json.dumps([[RICH, 1], [DEAD, 2], ["[[3],[0,0],[1,0,0]]", 3]]))
+    Path("my_task.json").write_text(small_task().to_json())
+    Path("figures").mkdir()
+    np.save("my_images.npy", np.random.default_rng(0).random((16, 32, 32, 3)))
+    words = shlex.split(command.split("gennas.py", 1)[1].replace("--space nb201", ""))
+    assert run(*words, *([] if "--population" in words else ["--population", "3", "--tournament", "2", "--cycles", "2"]), "--steps", "1")[0] == 0
