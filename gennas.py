@@ -122,19 +122,21 @@ def is_number(value: Any, low: float, high: float) -> bool:
 
 
 MAX_CHANNELS = 2 * 10 * MAPS_PER_WAVE  # sin1d has this many maps to draw from
+LIST = "a list of objects", lambda v: isinstance(v, list) and all(isinstance(s, dict) for s in v)
 # field of a task -> what is right, in words and as a test
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "noise": ("an object with kind and level", lambda v: isinstance(v, dict)),
     "kind": ("uniform or gaussian", lambda v: v in ("uniform", "gaussian")),
     "stages": ("a list of three objects", lambda v: isinstance(v, list) and len(v) == 3),
     "channels": (f"a whole number from 1 to {MAX_CHANNELS}", lambda v: type(v) is int and 1 <= v <= MAX_CHANNELS),
-    "signals": ("a list of objects", lambda v: isinstance(v, list) and all(isinstance(s, dict) for s in v)),
+    "signals": LIST, "input": LIST, "target": LIST,
     "basis": (f"one of {', '.join(BASES)}", lambda v: isinstance(v, str) and v in BASES),
     "level": ("a number from 0 to 10", lambda v: is_number(v, 0, 10)),
     "frequencies": ("a list of 10 numbers above 0 and below 0.5", lambda v: isinstance(v, list) and len(v) == 10
                     and all(is_number(f, 0, 0.5) and 0 < f < 0.5 for f in v)),
     "density": ("a number from 0 to 1", lambda v: is_number(v, 0, 1)),
     "per_sample": ("true or false", lambda v: isinstance(v, bool)),
+    "dimension": ("a whole number from 1 to 1024", lambda v: type(v) is int and 1 <= v <= 1024),
 }
 
 
@@ -149,9 +151,35 @@ def check(part: Any, names: tuple[str, ...], where: str) -> None:
             raise ValueError(f"{where}.{name}: right is {words}, not {json.dumps(part[name])[:60]}")
 
 
+class JsonTask:
+    """What the tasks of CNNs and of recurrent networks share: to and from JSON, and signals."""
+
+    @classmethod
+    def from_json(cls, text: str) -> Any:
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"task: not JSON ({error})") from None
+        kind = RnnTask if isinstance(data, dict) and "dimension" in data else Task
+        check(data, tuple(field.name for field in fields(kind)), "task")
+        return kind(**data)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def check(self) -> None:
+        check(vars(self), tuple(vars(self)), "task")
+        check(self.noise, ("kind", "level"), "task.noise")
+
+    def check_signals(self, signals: list[dict[str, Any]], where: str) -> None:
+        for j, signal in enumerate(signals):
+            check({"basis": signal.get("basis")}, ("basis",), f"{where}[{j}]")
+            check(signal, ("basis", "level", *BASES[signal["basis"]][1]), f"{where}[{j}]")
+
+
 @dataclass(frozen=True)
-class Task:
-    """What a network must regress, and the noise on its input. ValueError names a field that is out of its range.
+class Task(JsonTask):
+    """What a CNN must regress, and the noise on its input. ValueError names a field that is out of its range.
 
     noise: {"kind": "uniform" | "gaussian", "level": a}. stages: for each of the three taps {"channels": C, "signals":
     [...]}, a signal being {"basis": ..., "level": ..., and the fields that BASES lists for it}. Frequencies are in cycles
@@ -161,55 +189,64 @@ class Task:
     stages: list[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        check(vars(self), ("noise", "stages"), "task")
-        check(self.noise, ("kind", "level"), "task.noise")
+        self.check()
         for i, stage in enumerate(self.stages):
             check(stage, ("channels", "signals"), f"task.stages[{i}]")
-            for j, signal in enumerate(stage["signals"]):
-                where = f"task.stages[{i}].signals[{j}]"
-                check({"basis": signal.get("basis")}, ("basis",), where)
-                check(signal, ("basis", "level", *BASES[signal["basis"]][1]), where)
+            self.check_signals(stage["signals"], f"task.stages[{i}].signals")
 
-    @classmethod
-    def from_json(cls, text: str) -> Task:
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"task: not JSON ({error})") from None
-        check(data, ("noise", "stages"), "task")
-        return cls(**data)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    def targets(self, images: Tensor, seed: int, size: int = 8) -> list[Tensor]:
-        """For each stage the sum over its signals of level * maps, a tensor (B, C, size, size) for images (B, 3, H, W)."""
-        targets = []
-        for i, stage in enumerate(self.stages):
-            shape = len(images), stage["channels"], size, size
-            target = torch.zeros(shape)
-            for j, signal in enumerate(stage["signals"]):
-                target += signal["level"] * signal_maps(signal, shape, images, seed_of("target", i, j, seed))
-            targets.append(target)
-        return targets
+    def parts(self, batch: int, size: int) -> list[Part]:
+        """The target of each stage."""
+        return [Part("target", i, stage["signals"], (batch, stage["channels"], size, size)) for i, stage in enumerate(self.stages)]
 
 
-def signal_maps(signal: dict[str, Any], shape: Shape, images: Tensor, seed: int) -> Tensor:
-    """The maps (B, C, H, W) of one signal of a task before its level; (1, C, H, W) if all images share them."""
-    basis, names = BASES[signal["basis"]]
-    values = {name: signal[name] for name in names}
-    if "per_sample" not in values:
-        values["images"] = images
-    elif not values.pop("per_sample"):
-        shape = (1, *shape[1:])
-    return basis(torch.Generator().manual_seed(seed), shape, **values)
+@dataclass(frozen=True)
+class RnnTask(JsonTask):
+    """What a recurrent network must make of what: the signals of `input` and of `target`, sequences of `dimension` numbers."""
+    noise: dict[str, Any]
+    dimension: int
+    input: list[dict[str, Any]]
+    target: list[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        self.check()
+        for name in ("input", "target"):
+            self.check_signals(getattr(self, name), f"task.{name}")
+            if not all(signal.get("per_sample") for signal in getattr(self, name)):
+                raise ValueError(f"task.{name}: right are signals other than resize with per_sample true")
+
+    def parts(self, batch: int, size: int) -> list[Part]:
+        """The input and the target: for each sequence one map, y its time and x its feature."""
+        return [Part(name, 0, getattr(self, name), (batch, 1, size, self.dimension)) for name in ("input", "target")]
+
+
+class Part(NamedTuple):
+    """One tensor of signals that a task draws: what it is called, its signals and its shape."""
+    name: str
+    number: int
+    signals: list[dict[str, Any]]
+    shape: Shape
+
+    def maps(self, j: int, images: Tensor | None, seed: int) -> Tensor:
+        """The maps (B, C, H, W) of signal j, drawn from a generator of its own; (1, C, H, W) if all images share them."""
+        basis, names = BASES[self.signals[j]["basis"]]
+        values, shape = {name: self.signals[j][name] for name in names}, self.shape
+        if "per_sample" not in values:
+            values["images"] = images
+        elif not values.pop("per_sample"):
+            shape = (1, *shape[1:])
+        return basis(torch.Generator().manual_seed(seed_of(self.name, self.number, j, seed)), shape, **values)
+
+    def total(self, images: Tensor | None, seed: int) -> Tensor:
+        """The sum over signals of level * maps, (B, C, H, W); zero without signals."""
+        maps = (signal["level"] * self.maps(j, images, seed) for j, signal in enumerate(self.signals))
+        return sum(maps, start=torch.zeros(self.shape))
 
 
 def stage(channels: int, *signals: dict[str, Any]) -> dict[str, Any]:
     return {"channels": channels, "signals": list(signals)}
 
 
-# The authors' tasks: combo is made by hand, the others are what their task search found on the space of that name.
+# The authors' tasks: combo and single are made by hand, the others are what their task search found on the space of that name.
 MEDIUM = [.125, .15, .175, .2, .225, .25, .275, .3, .325, .35]
 HIGH = [.375, .3875, .4, .4125, .425, .4375, .45, .4625, .475, .4875]
 TASKS = {
@@ -253,6 +290,14 @@ TASKS = {
         stage(32, dict(basis="sin2d", level=1.8, frequencies=[.3785, .3794, .3447, .2706, .2607, .3945, .2793, .3832, .3228, .3014], per_sample=True),
                   dict(basis="gdot", level=2.1, density=0.5, per_sample=False)),
     ]),
+    "nlp": RnnTask(dict(kind="uniform", level=0.6), 48, [
+        dict(basis="sin2d", level=2.6, frequencies=[.1955, .2282, .1843, .2073, .2208, .1345, .1703, .223, .1903, .1915], per_sample=True)], [
+        dict(basis="sin2d", level=0.8, frequencies=[.1722, .1701, .1686, .1655, .1647, .1702, .1642, .1771, .1712, .1723], per_sample=True),
+        dict(basis="gdot", level=0.7, density=0.8626, per_sample=True)]),
+    "nlp-combo": RnnTask(dict(kind="uniform", level=0.0), 64, *[[
+        dict(basis="sin1d", level=1.0, frequencies=MEDIUM, per_sample=True),
+        dict(basis="sin2d", level=1.0, frequencies=MEDIUM, per_sample=True)]] * 2),
+    "nlp-single": RnnTask(dict(kind="uniform", level=0.0), 64, *[[dict(basis="dot", level=1.0, density=1.0, per_sample=True)]] * 2),
 }
 
 
@@ -314,8 +359,8 @@ def synthetic_images(rng: torch.Generator, count: int) -> Tensor:
     return 0.9 ** 0.5 * maps[:, :1] + 0.1 ** 0.5 * maps[:, 1:]
 
 
-def read_array(path: Path) -> tuple[np.ndarray, Any]:
-    """The images of a .npy or .npz file as (N, 3, H, W), to be normalised by their own statistics."""
+def read_array(path: Path) -> tuple[np.ndarray, None]:
+    """The images of a .npy or .npz file as (N, 3, H, W), to be normalised by the statistics of those that are used."""
     with open(path, "rb") as file:
         content = np.load(file, allow_pickle=False)
         arrays = [content] if isinstance(content, np.ndarray) else [content[name] for name in content.files]
@@ -360,9 +405,11 @@ class Settings:
     learning_rate: float = 0.1  # constant
     momentum: float = 0.9
     weight_decay: float = 4e-5  # on parameters of more than one dimension
+    rnn_learning_rate: float = 1e-3
+    rnn_weight_decay: float = 1.2e-6  # on all parameters
     stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)
-    batch: int = 16  # images
-    size: int = 8  # side of the targets
+    batch: int = 16  # images or sequences
+    size: int = 8  # side of the targets, length of the sequences
 
 
 PRESETS = {"paper": Settings(), "fast": Settings(steps=20)}
@@ -371,15 +418,40 @@ PRESETS = {"paper": Settings(), "fast": Settings(steps=20)}
 class Heads(nn.Module):
     """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to its target's channels."""
 
-    def __init__(self, body: nn.Module, images: Tensor, channels: list[int], size: int):
+    def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor]):
         super().__init__()
-        self.body, self.size = body.eval(), size
+        self.body, self.size = body.eval(), targets[0].shape[2:]
         with torch.no_grad():
             widths = [tap.shape[1] for tap in body(images[:1])]
-        self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(w), nn.Conv2d(w, c, 1)) for w, c in zip(widths, channels))
+        self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(w), nn.Conv2d(w, t.shape[1], 1)) for w, t in zip(widths, targets))
 
     def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three (B, C, size, size)
         return [head(F.interpolate(tap, size=self.size)) for head, tap in zip(self.heads, self.body(images))]
+
+
+class EncoderDecoder(nn.Module):
+    """A recurrent network between a linear encoder and a linear decoder."""
+
+    def __init__(self, body: nn.Module, sequences: Tensor, targets: list[Tensor]):
+        super().__init__()
+        self.body = body
+        self.encoder, self.decoder = nn.Linear(sequences.shape[2], body.width), nn.Linear(body.width, targets[0].shape[2])
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, sequences: Tensor) -> list[Tensor]:  # (B, T, D) -> one (B, T, D)
+        return [self.decoder(self.body(self.encoder(sequences)))]
+
+
+def sgd(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    matrices, vectors = ([p for p in network.parameters() if (p.ndim > 1) == big] for big in (True, False))
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors}]
+    return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=True)
+
+
+def adam(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    return torch.optim.Adam(network.parameters(), settings.rnn_learning_rate, weight_decay=settings.rnn_weight_decay, fused=True)
 
 
 class Regression:
@@ -387,49 +459,54 @@ class Regression:
 
     `regression(space, arch)` trains the network and returns its losses at all steps and, last, in eval() mode after
     them: the score, lower is better. It is a pure function of (space, space.key(arch), task, images, settings, seed)
-    and the kind of device: weights and noise are seeded by space, key and seed, and no global generator is touched.
+    and the kind of device: weights, noise and dropout are seeded by space, key and seed, and the state of the global
+    generators is put back. `images`: as `load_images` gives them; None for a recurrent task, whose input is a signal.
     """
+    KINDS: dict[type, tuple[Callable, Callable]] = {Task: (Heads, sgd), RnnTask: (EncoderDecoder, adam)}
 
-    def __init__(self, task: Task, images: Tensor, settings: Settings = PRESETS["paper"], seed: int = 0, device: str = "cpu"):
+    def __init__(self, task: Task | RnnTask, images: Tensor | None, settings: Settings = PRESETS["paper"], seed: int = 0,
+                 device: str | torch.device = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
-        self.images = self.place(images)
-        self.targets = [self.place(target) for target in task.targets(images, seed, settings.size)]
+        totals = [part.total(images, seed) for part in task.parts(settings.batch, settings.size)]
+        if isinstance(task, RnnTask):
+            images, *totals = (total[:, 0] for total in totals)
+        self.inputs, *self.targets = map(self.place, (images, *totals))
+        self.wrap, self.optimizer = self.KINDS[type(task)]
 
-    def place(self, x: Any) -> Any:
-        return x.to(self.device, memory_format=torch.channels_last)
+    def place(self, x: Tensor) -> Tensor:
+        return x.to(self.device, memory_format=torch.channels_last if x.ndim == 4 else torch.preserve_format)
 
     def __call__(self, space: Any, arch: Any) -> list[float]:
         settings = self.settings
         purpose = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
-        with torch.random.fork_rng(devices=[]):  # on the CPU, so that the weights are the same on all devices
-            torch.default_generator.manual_seed(seed_of("weights", *purpose))
-            network = Heads(space.build(arch), self.images[:1].cpu(), [t.shape[1] for t in self.targets], settings.size)
-        network = self.place(network).train()
-        decay = {True: settings.weight_decay, False: 0.0}
-        groups = [{"params": [p for p in network.parameters() if (p.ndim > 1) == big], "weight_decay": decay[big]} for big in decay]
-        optimizer = torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=True)
-        rng = torch.Generator(self.device).manual_seed(seed_of("noise", *purpose))
+        weights = settings.stage_weights[-len(self.targets):]
 
         def loss() -> Tensor:
-            outputs = network(self.images + self.noise(rng))
-            return sum(w * F.mse_loss(o, t) for w, o, t in zip(settings.stage_weights, outputs, self.targets))
+            outputs = network(self.inputs + self.noise())
+            return sum(w * F.mse_loss(o, t) for w, o, t in zip(weights, outputs, self.targets))
 
-        losses = []  # stay on the device until the end: no step waits for it
-        for _ in range(settings.steps):
-            value = loss()
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            losses.append(value.detach())
-        network.eval()
-        with torch.no_grad():
-            losses.append(loss())
-        return torch.stack(losses).tolist()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed_of("weights", *purpose))
+            network = self.wrap(space.build(arch), self.inputs.cpu(), self.targets)  # on the CPU: equal weights on all devices
+            network = network.to(self.device, memory_format=torch.channels_last).train()
+            optimizer = self.optimizer(network, settings)
+            torch.manual_seed(seed_of("noise", *purpose))
+            losses = []  # stay on the device until the end: no step waits for it
+            for _ in range(settings.steps):
+                value = loss()
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                losses.append(value.detach())
+            network.eval()
+            with torch.no_grad():
+                losses.append(loss())
+            return torch.stack(losses).tolist()
 
-    def noise(self, rng: torch.Generator) -> Tensor:
-        draw = torch.empty_like(self.images)
+    def noise(self) -> Tensor:
         kind, level = self.task.noise["kind"], self.task.noise["level"]
-        return draw.uniform_(-1, 1, generator=rng).mul_(level) if kind == "uniform" else draw.normal_(generator=rng).mul_(level)
+        draw = torch.empty_like(self.inputs)
+        return (draw.uniform_(-1, 1) if kind == "uniform" else draw.normal_()).mul_(level)
 
 
 # --------------------------------------------------------------------------------------------------- scores, once each
@@ -485,10 +562,10 @@ class Record:
         for number, line in enumerate(lines[1:], start=2):
             try:
                 score = Score(**json.loads(line)) if line.endswith(b"\n") else None
-            except (ValueError, TypeError):
+                self.known[str(score.key)] = score._replace(loss=score.loss and float(score.loss), seconds=float(score.seconds))
+            except (ValueError, TypeError, AttributeError):
                 score = None
             if score:
-                self.known[score.key] = score
                 end += len(line)
             elif number < len(lines):
                 raise ValueError(f"{self.path}, line {number}: not a score; right is another --out file")
@@ -599,9 +676,10 @@ def spearman(a: Any, b: Any) -> float:
 
 def kendall(a: Any, b: Any) -> float:
     """Kendall's tau-b; NaN where one side is all ties."""
-    signs_a, signs_b = (np.sign(r[:, None] - r).ravel() for r in (ranks(a), ranks(b)))
-    scale = math.sqrt((signs_a @ signs_a) * (signs_b @ signs_b))
-    return float(signs_a @ signs_b / scale) if scale else math.nan
+    a, b = ranks(a), ranks(b)
+    concordant = sum(np.sign(x - a) @ np.sign(y - b) for x, y in zip(a, b))
+    untied_a, untied_b = (len(r) ** 2 - sum(np.unique(r, return_counts=True)[1] ** 2) for r in (a, b))
+    return float(concordant / math.sqrt(untied_a * untied_b)) if untied_a * untied_b else math.nan
 
 
 def spearman_interval(a: Any, b: Any, resamples: int = 2000) -> tuple[float, float]:
@@ -630,22 +708,23 @@ def check_plot(path: str) -> None:
         raise ValueError(f"--plot {path}: right is a .png, .pdf or .svg file in a folder that exists")
 
 
-def plot_signals(task: Task, images: Tensor, seed: int, path: str, count: int = 4) -> None:
-    """Each signal of each stage, and their sum: `count` maps of the first image, then of the second."""
+def plot_signals(parts: list[Part], images: Tensor | None, seed: int, path: str, count: int = 4) -> None:
+    """Each signal of each part, and their sum: `count` maps of the first image, then of the second; maps of as many
+    sequences where a part has only one map for each."""
     rows = []
-    for i, (stage, target) in enumerate(zip(task.stages, task.targets(images, seed))):
-        for j, signal in enumerate(stage["signals"]):
-            maps = signal_maps(signal, tuple(target.shape), images, seed_of("target", i, j, seed))
-            rows.append((f"stage {i + 1}\n{signal['level']} {signal['basis']}", maps.expand(len(images), -1, -1, -1)))
-        rows.append((f"stage {i + 1}\ntarget", target))
+    for part in parts:
+        name = f"{part.name} {part.number + 1}"
+        rows += [(f"{name}\n{signal['level']} {signal['basis']}", part.maps(j, images, seed).expand(part.shape))
+                 for j, signal in enumerate(part.signals)]
+        rows.append((f"{name}\nsum", part.total(images, seed)))
     figure, axes = new_figure(len(rows), 2 * count, figsize=(2 + 1.6 * count, len(rows)))
     for (label, maps), line in zip(rows, axes):
         for column, ax in enumerate(line):
-            image, channel = divmod(column, count)
-            ax.imshow(maps[image, channel % maps.shape[1]].numpy(), cmap="RdBu", vmin=-maps.abs().max(), vmax=maps.abs().max())
+            sample, channel = divmod(column, min(count, maps.shape[1]))
+            ax.imshow(maps[sample, channel].numpy(), cmap="RdBu", vmin=-maps.abs().max(), vmax=maps.abs().max())
             ax.set(xticks=[], yticks=[])
             if ax in axes[0]:
-                ax.set_title(f"image {image + 1}\nchannel {channel + 1}", fontsize=8)
+                ax.set_title(f"sample {sample + 1}\nchannel {channel + 1}", fontsize=8)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -667,17 +746,39 @@ def plot_search(losses: list[float], title: str, path: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- command line
+TRIES = 300
+
+
+class Impossible(Exception):
+    """No architecture within the limits was found."""
+
+
+def within_limits(draw: Callable[..., Any], space: Any, args: argparse.Namespace) -> Callable[..., Any]:
+    """`draw`, repeated until what it gives is within --max-params and --max-flops; Impossible after TRIES."""
+    limits = [(count, most) for count, most in (("params", args.max_params), ("flops", args.max_flops)) if most]
+
+    def redraw(*words: Any) -> Any:
+        for _ in range(TRIES):
+            arch = draw(*words)
+            if all(getattr(space, count)(arch) <= most for count, most in limits):
+                return arch
+        raise Impossible(f"none of {TRIES} draws is within " + " and ".join(f"--max-{count} {most:,}" for count, most in limits)
+                         + f"; the last has {getattr(space, limits[0][0])(arch):,} {limits[0][0]}")
+    return redraw
+
+
 def search(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
     space = scorer.space
-    history = regularized_evolution(space.random, space.mutate, scorer, random.Random(args.seed),
+    draws = [within_limits(draw, space, args) for draw in (space.random, space.mutate)]
+    history = regularized_evolution(*draws, scorer, random.Random(args.seed),
                                     args.population, args.tournament, args.cycles, args.batch)
     arch, loss = min(history, key=lambda pair: pair[1])
-    if args.plot:
-        plot_search([loss for _, loss in history], f"{args.space}, {len(history)} architectures", args.plot)
     result = {"arch": space.format(arch), "loss": finite(loss), "params": space.params(arch),
               "evaluated": len(history), "unique": len(scorer.scores)}
     print(f"{result['arch']}\nloss {show_loss(loss)}, {result['params']:,} parameters; the best of {len(history)} evaluated "
           f"architectures, {len(scorer.scores)} different networks")
+    if args.plot:
+        plot_search([loss for _, loss in history], f"{args.space}, {len(history)} architectures", args.plot)
     return result
 
 
@@ -721,13 +822,15 @@ def show(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, An
     regression = scorer.regression
     print(regression.task.to_json())
     if args.plot:
-        plot_signals(regression.task, regression.images.cpu(), args.seed, args.plot)
+        settings = regression.settings
+        plot_signals(regression.task.parts(settings.batch, settings.size), regression.inputs.cpu(), args.seed, args.plot)
     return {"plot": args.plot}
 
 
 MODES = {"search": search, "score": score, "correlate": correlate, "show": show}
 # option -> the one mode that it belongs to, and whether that needs it
-BELONGS = {"arch": ("score", True), "labels": ("correlate", True), "limit": ("correlate", False)}
+BELONGS = {"arch": ("score", True), "labels": ("correlate", True), "limit": ("correlate", False),
+           "max_params": ("search", False), "max_flops": ("search", False)}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -758,7 +861,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     option("--tournament", type=whole(1), default=10, metavar="N", help="members drawn, of which the best is mutated (default 10)")
     option("--cycles", type=whole(0), default=400, metavar="N", help="children after the first population (default 400)")
     option("--batch", type=whole(1), default=1, metavar="N", help="children made from the same queue (default 1)")
-    option("--labels", metavar="FILE", help="with --mode correlate: a JSON list of [architecture, value], higher = better")
+    option("--max-params", type=whole(1), metavar="N", help="search among networks of at most N parameters")
+    option("--max-flops", type=whole(1), metavar="N", help="and at most N floating-point operations an image (a multiply-add is two)")
+    option("--labels", metavar="FILE|DIR", help="with --mode correlate: a JSON list of [architecture, value], higher = better, "
+           "an NDS file, or a folder of NAS-Bench-NLP logs")
     option("--limit", type=whole(1), metavar="N", help="only the first N labels")
     option("--out", metavar="FILE.jsonl", help="record of every score; the same command resumes from it")
     option("--plot", metavar="FILE.png", help="draw the result (needs matplotlib)")
@@ -768,7 +874,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
 
     for name, (mode, needed) in BELONGS.items():
         if getattr(args, name) and args.mode != mode:
-            parser.error(f"{name.upper() if name == 'arch' else '--' + name} belongs to --mode {mode}, not to --mode {args.mode}")
+            parser.error(f"{name.upper() if name == 'arch' else '--' + name.replace('_', '-')} belongs to --mode {mode}, not to --mode {args.mode}")
         if needed and args.mode == mode and not getattr(args, name):
             parser.error(f"--mode {mode} needs {name.upper() + ' [ARCH ...]' if name == 'arch' else '--' + name + ' FILE'}")
     for name in ("tournament", "batch"):
@@ -779,14 +885,14 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     return parser, args
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str) -> Task | RnnTask:
     """A task of the table by its name, or one from a JSON file."""
     if name in TASKS:
         return TASKS[name]
     if not name.endswith(".json"):
         raise ValueError(f"unknown task {name!r}; right is one of {', '.join(TASKS)} or a FILE.json")
     try:
-        return Task.from_json(Path(name).read_text(encoding="utf-8"))
+        return JsonTask.from_json(Path(name).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -795,8 +901,8 @@ def find_device(name: str | None) -> torch.device:
     """The named device, by default a GPU if there is one; set up for speed and for equal results in equal runs."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     torch.set_num_threads(1)  # small maps gain nothing from more, and sums would depend on their number
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -826,15 +932,21 @@ def main(argv: list[str] | None = None) -> None:
         if args.plot:
             check_plot(args.plot)
         task = load_task(args.task or space.task)
+        if type(task) is not type(TASKS[space.task]):
+            raise ValueError(f"task {args.task} is not for {args.space}; right is one like {space.task}")
+        if isinstance(task, RnnTask) and args.images != "synthetic":
+            raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
+        if args.max_flops:
+            space.flops(space.random(random.Random(0)))  # says so if this space does not count them
         labels = load_archs(args, space)
         device = find_device(args.device)
         settings = PRESETS[args.preset]
         settings = replace(settings, steps=args.steps or settings.steps)
-        images, images_name = load_images(args.images, args.seed, settings.batch)
+        images, images_name = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
         record = Record(args.out, {"space": args.space, "task": asdict(task), "images": images_name, **asdict(settings),
                                    "seed": args.seed, "device": device.type})
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
+        parser.error(f"{error.filename or args.out}: {error.strerror or error}")
     except ValueError as error:
         parser.error(str(error))
     progress = Progress(len(labels) or args.population + args.cycles, args.quiet or args.mode == "show")
@@ -848,6 +960,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         loss, arch = progress.best
         parser.exit(130, f"\ngennas: interrupted after {progress.done} architectures; best {show_loss(loss)} {arch}\n")
+    except Impossible as error:
+        parser.error(str(error))
     except OSError as error:
         parser.exit(1, f"gennas: error: {error.filename or args.out}: {error.strerror}\n")
     if args.json:

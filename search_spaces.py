@@ -1,44 +1,54 @@
 """Search spaces of GenNAS: what an architecture is, how to sample, mutate, name and build it, what its benchmark recorded.
 
-A search space is a small class with
+A search space is a class with
 
-    random(rng) -> arch             a uniform draw
+    random(rng) -> arch             the benchmark's own draw
     mutate(arch, rng) -> arch       a valid neighbour whose key differs
-    build(arch) -> nn.Module        images (B, 3, 32, 32) -> three feature maps, the taps of the regression
+    build(arch) -> nn.Module        the network to regress with: images (B, 3, 32, 32) -> three feature maps, the taps,
+                                    or a recurrent net, sequences (B, T, 400) -> (B, T, 400)
     key(arch) -> str                canonical form of the live computation graph; equal keys = the same network
     parse(text), format(arch)       the spelling that the benchmark's own tools read and write
     params(arch) -> int             the parameter count of the benchmark's own network, dead operations included
 
 An arch is a plain immutable value, `rng` a `random.Random`. The file needs torch only and can be copied alone.
+
+Read from the top: computation graphs, which the keys and the cells are made of; the operations of all spaces in one
+table; the networks' common parts; then space after space, and at the end their names and the labels' files.
 """
 from __future__ import annotations
 
+import ast
 import json
 import math
 import random
 import re
-from itertools import pairwise
+import sys
+from functools import partial
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 
 # ---------------------------------------------------------------------------------------------- computation graphs
 class Vertex(NamedTuple):
     """One vertex of a computation graph: an operation on the sum of the vertices at `inputs`, earlier in the list."""
     op: str
-    inputs: tuple[int, ...]
+    inputs: tuple[int, ...] = ()
 
 
-Graph = tuple[Vertex, ...]  # topological order; the first vertex is the input, the last the output
+Graph = tuple[Vertex, ...]  # topological order; the inputs, called "input ...", come first, the output last
 
 
-def live(graph: Graph) -> Graph:
-    """`graph` without the vertices that do not reach its output (the input stays)."""
-    reached = {0, len(graph) - 1}
+def live(graph: Iterable[Vertex]) -> Graph:
+    """`graph` without the vertices that do not reach its output; the inputs stay."""
+    graph = tuple(graph)
+    reached = {i for i, vertex in enumerate(graph) if vertex.op.startswith("input")} | {len(graph) - 1}
     for i in reversed(range(len(graph))):
         if i in reached:
             reached.update(graph[i].inputs)
@@ -54,13 +64,17 @@ def canonical(graph: Graph) -> Graph:
     set before the others in turn and the smallest graph wins; of twins, which read and are read alike, one will do.
     Vertices stand in the order of their colours, depth first, so the result is a topological order too.
     """
-    readers: list[list[int]] = [[] for _ in graph]
+    everything = range(len(graph))
+    readers: list[list[int]] = [[] for _ in everything]
     depths: list[int] = []
     for i, vertex in enumerate(graph):
-        depths.append(1 + max((depths[j] for j in vertex.inputs), default=-1))
+        depths.append(0 if vertex.op.startswith("input") else 1 + max((depths[j] for j in vertex.inputs), default=0))
         for j in vertex.inputs:
             readers[j].append(i)
     depths[-1] = len(graph)  # the output stands last even when nothing reaches it
+
+    def colours_of(colours: Any, vertices: Iterable[int]) -> tuple[int, ...]:
+        return tuple(sorted(colours[i] for i in vertices))
 
     def refine(colours: list[Any]) -> list[int]:
         classes = 0
@@ -70,71 +84,347 @@ def canonical(graph: Graph) -> Graph:
             if len(rank) == classes:
                 return ranks
             classes = len(rank)
-            colours = [(ranks[i], sorted_tuple(ranks, graph[i].inputs), sorted_tuple(ranks, readers[i])) for i in range(len(graph))]
+            colours = [(ranks[i], colours_of(ranks, graph[i].inputs), colours_of(ranks, readers[i])) for i in everything]
 
     def smallest(colours: list[int]) -> Graph:
-        tied = next((c for c in range(len(graph)) if colours.count(c) > 1), None)
+        tied = next((colour for colour in everything if colours.count(colour) > 1), None)
         if tied is None:
-            order = sorted(range(len(graph)), key=colours.__getitem__)
-            return tuple(Vertex(graph[i].op, sorted_tuple(colours, graph[i].inputs)) for i in order)
-        twins = {(sorted_tuple(range(len(graph)), graph[i].inputs), tuple(readers[i])): i for i, c in enumerate(colours) if c == tied}
+            order = sorted(everything, key=colours.__getitem__)
+            return tuple(Vertex(graph[i].op, colours_of(colours, graph[i].inputs)) for i in order)
+        twins = {(colours_of(everything, graph[i].inputs), tuple(readers[i])): i for i in everything if colours[i] == tied}
         return min(smallest(refine([2 * c - (i == first) for i, c in enumerate(colours)])) for first in twins.values())
 
     return smallest(refine([(depth, vertex.op) for depth, vertex in zip(depths, graph)]))
 
 
-def sorted_tuple(ranks: Any, vertices: Any) -> tuple[int, ...]:
-    return tuple(sorted(ranks[i] for i in vertices))
+def spell(graph: Graph) -> str:
+    """A graph as text, for keys."""
+    return ";".join(f"{op}({','.join(map(str, inputs))})" for op, inputs in graph)
 
 
-# ------------------------------------------------------------------------------------------------- building blocks
-def conv_bn(before: list[nn.Module], c_in: int, c_out: int, kernel: int, stride: int = 1, plain_bn: bool = False) -> nn.Sequential:
-    """`before`, then a convolution without bias that keeps the map's size but for the stride, then batch norm.
+def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor], zero: Tensor | None = None) -> list[Tensor]:
+    """The maps of all vertices that `ops` has a module for, in order, after `maps`, those of the inputs.
 
-    `plain_bn`: without affine parameters and without running statistics, so that eval() too uses the batch's own.
+    A sum that several vertices read is computed once; a vertex that reads nothing works on `zero`.
     """
-    return nn.Sequential(*before, nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
-                         nn.BatchNorm2d(c_out, affine=not plain_bn, track_running_stats=not plain_bn))
+    sums: dict[tuple[int, ...], Tensor | None] = {(): zero}
+    for (_, inputs), op in zip(graph[len(maps):], ops):
+        if inputs not in sums:
+            sums[inputs] = sum((maps[i] for i in inputs[1:]), start=maps[inputs[0]])
+        maps.append(op(sums[inputs]))
+    return maps
 
 
-class Cell(nn.Module):
-    """Runs a computation graph on a feature map. A sum that several vertices read is computed once."""
+# ------------------------------------------------------------------------------------------------------- operations
+def conv(c_in: int, c_out: int, kernel: int | tuple[int, int], stride: Any = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the map's size but for the stride."""
+    height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+    padding = dilation * (height - 1) // 2, dilation * (width - 1) // 2
+    return nn.Conv2d(c_in, c_out, (height, width), stride, padding, dilation, groups, bias=False)
 
-    def __init__(self, graph: Graph, ops: dict[str, Any]):
+
+def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(conv(c_in, c_out, kernel, stride, groups), nn.BatchNorm2d(c_out))
+
+
+def conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return conv_bn(c_in, c_out, kernel, stride, groups).append(nn.ReLU())
+
+
+def relu_conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, bn: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(), conv(c_in, c_out, kernel, stride), bn(c_out))
+
+
+class Sum(nn.Module):
+    """The sum of what its branches make of the input."""
+
+    def __init__(self, *branches: nn.Module):
         super().__init__()
-        self.graph = graph
-        self.ops = nn.ModuleList(ops[vertex.op]() for vertex in graph[1:-1])
+        self.branches = nn.ModuleList(branches)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = (branch(x) for branch in self.branches)
+        return sum(others, start=first)
+
+
+class FactorizedReduction(nn.Module):
+    """Half the side without losing a position: two strided 1x1 convolutions, the second one pixel further."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.halves = nn.ModuleList(conv(c_in, c_out // 2, 1, stride=2) for _ in range(2))
+        self.bn = nn.BatchNorm2d(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H/2, W/2)
+        x = F.relu(x)
+        return self.bn(torch.cat([self.halves[0](x), self.halves[1](x[:, :, 1:, 1:])], 1))
+
+
+class Zero(nn.Module):
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * x[:, :, ::self.stride, ::self.stride]
+
+
+# The operations of cells: each function gives a constructor(channels, stride).
+Op = Callable[[int, int], nn.Module]
+
+
+def max_pool(kernel: int) -> Op:
+    return lambda c, stride: nn.MaxPool2d(kernel, stride, kernel // 2)
+
+
+def relu_conv(kernel: int, bn: Callable[[int], nn.Module] = nn.BatchNorm2d) -> Op:
+    return lambda c, stride: relu_conv_bn(c, c, kernel, stride, bn)
+
+
+def separable(kernel: int, dilation: int = 1) -> Op:
+    """ReLU, depthwise and pointwise convolution, batch norm."""
+    return lambda c, stride: nn.Sequential(nn.ReLU(), conv(c, c, kernel, stride, c, dilation), conv(c, c, 1), nn.BatchNorm2d(c))
+
+
+def twice(op: Op) -> Op:
+    return lambda c, stride: nn.Sequential(op(c, stride), op(c, 1))
+
+
+def factorized(kernel: int) -> Op:
+    """ReLU, a row and a column of the kernel, batch norm."""
+    return lambda c, stride: nn.Sequential(nn.ReLU(), conv(c, c, (1, kernel), (1, stride)), conv(c, c, (kernel, 1), (stride, 1)), nn.BatchNorm2d(c))
+
+
+OPS: dict[str, Op] = {
+    "node": lambda c, stride: nn.Identity(), "output": lambda c, stride: nn.Identity(),  # a sum and nothing else
+    "none": lambda c, stride: Zero(stride),
+    "bias": lambda c, stride: nn.BatchNorm2d(c),  # all that is left of a plain convolution of zeros
+    "skip_connect": lambda c, stride: nn.Identity() if stride == 1 else FactorizedReduction(c, c),
+    "avg_pool_3x3": lambda c, stride: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
+    "max_pool_3x3": max_pool(3), "max_pool_5x5": max_pool(5), "max_pool_7x7": max_pool(7), "maxpool3x3": max_pool(3),
+    "conv1x1-bn-relu": lambda c, stride: conv_bn_relu(c, c, 1, stride),
+    "conv3x3-bn-relu": lambda c, stride: conv_bn_relu(c, c, 3, stride),
+    "nor_conv_1x1": relu_conv(1), "nor_conv_3x3": relu_conv(3), "conv_1x1": relu_conv(1), "conv_3x3": relu_conv(3),
+    "conv_3x1_1x3": factorized(3), "conv_7x1_1x7": factorized(7),
+    "sep_conv_3x3": twice(separable(3)), "sep_conv_5x5": twice(separable(5)), "sep_conv_7x7": twice(separable(7)),
+    "dil_conv_3x3": separable(3, dilation=2), "dil_conv_5x5": separable(5, dilation=2), "dil_sep_conv_3x3": twice(separable(3, dilation=2)),
+}
+
+
+# --------------------------------------------------------------------------------------------- what all spaces share
+class SearchSpace:
+    """Mutation, reading and counting, for a space that has
+
+    neighbour(arch, rng) -> arch    a valid arch that differs in one choice, whatever its key
+    read(text) -> arch              `parse` without a message: any of the usual exceptions for malformed text
+    benchmark(arch) -> nn.Module    the benchmark's own network, dead operations and classifier included
+    """
+    name: str
+    task: str  # the task that the authors used for this space
+    spelling: str  # what `parse` reads, in words
+    side = 32  # of the images of the benchmark
+
+    def parse(self, text: str) -> Any:
+        try:
+            return self.read(text.strip())
+        except (AttributeError, IndexError, KeyError, RecursionError, SyntaxError, TypeError, ValueError):
+            raise ValueError(f"not a network of {self.name}: {text.strip()[:60]!r}; right is {self.spelling}") from None
+
+    def mutate(self, arch: Any, rng: random.Random) -> Any:
+        key = self.key(arch)
+        while True:
+            child = self.neighbour(arch, rng)
+            if self.key(child) != key:
+                return child
+
+    def params(self, arch: Any) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.benchmark(arch).parameters())
+
+    def flops(self, arch: Any) -> int:
+        """Floating-point operations of one image's forward pass, as torch counts them: a multiply-add is two."""
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            self.benchmark(arch).eval()(torch.empty(1, 3, self.side, self.side))
+        return counter.get_total_flops()
+
+
+class Stages(nn.Module):
+    """Stages one after the other; the taps are the ends of the last three."""
+
+    def __init__(self, *stages: nn.Module):
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for stage in self.stages:
+            x = stage(x)
+            taps.append(x)
+        return taps[-3:]
+
+
+class Classifier(nn.Module):
+    """The benchmark's network: the last tap, `tail`, global average, a linear layer."""
+
+    def __init__(self, body: nn.Module, width: int, classes: int = 10, tail: Iterable[nn.Module] = ()):
+        super().__init__()
+        self.body = body
+        self.tail = nn.Sequential(*tail, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.body(x)[-1])
+
+
+def normal_init(network: nn.Module) -> nn.Module:
+    """Convolutions normal with variance 2 / (k k out), as in NAS-Bench-101's and the NDS residual networks."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+def is_whole(value: Any, low: int = 1) -> bool:
+    return type(value) is int and value >= low
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def replaced(values: tuple, place: int, value: Any) -> tuple:
+    return *values[:place], value, *values[place + 1:]
+
+
+def another(values: Iterable, value: Any, rng: random.Random) -> Any:
+    return rng.choice([v for v in values if v != value])
+
+
+def require(condition: Any) -> None:
+    if not condition:
+        raise ValueError
+
+
+# ---------------------------------------------------------------------------------------------------- NAS-Bench-101
+class NB101Cell(NamedTuple):
+    matrix: tuple[tuple[int, ...], ...]  # upper-triangular adjacency
+    ops: tuple[str, ...]  # of all vertices, the first "input", the last "output"
+
+
+class NB101(SearchSpace):
+    """NAS-Bench-101 (Ying et al., ICML 2019): 423,624 cells of at most 7 vertices, operations on the vertices, and 9 edges.
+
+    A stem, three stacks of three cells; between stacks a max-pool halves the map and the channels double.
+    """
+    name = task = "nb101"
+    OPS = "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3"
+    VERTICES, EDGES = 7, 9
+    spelling = ("[matrix, ops] as JSON: an upper-triangular 0/1 matrix of 2 to 7 vertices with a path from the first to the last and at "
+                f"most 9 edges; ops input, then {', '.join(OPS)}, then output")
+
+    def __init__(self, width: int = 16, cells: int = 3):
+        self.width, self.cells = width, cells
+
+    def random(self, rng: random.Random) -> NB101Cell:
+        n = self.VERTICES
+        while True:
+            matrix = tuple(tuple(rng.randint(0, 1) if j > i else 0 for j in range(n)) for i in range(n))
+            arch = NB101Cell(matrix, ("input", *(rng.choice(self.OPS) for _ in range(n - 2)), "output"))
+            if self.valid(arch):
+                return arch
+
+    def neighbour(self, arch: NB101Cell, rng: random.Random) -> NB101Cell:
+        """Each possible edge of 7 vertices flips with chance 1/7, each operation becomes another with chance 1/5."""
+        n, missing = self.VERTICES, self.VERTICES - len(arch.ops)
+        ops = *arch.ops[:-1], *(rng.choice(self.OPS) for _ in range(missing)), "output"  # vertices without edges
+        rows = [[*row[:-1], *[0] * missing, row[-1]] for row in arch.matrix]
+        rows[-1:-1] = [[0] * n] * missing
+        while True:
+            matrix = tuple(tuple(rows[i][j] ^ (j > i and rng.random() < 1 / n) for j in range(n)) for i in range(n))
+            child = NB101Cell(matrix, tuple(another(self.OPS, op, rng) if op in self.OPS and rng.random() < 1 / 5 else op for op in ops))
+            if self.valid(child):
+                return child
+
+    def valid(self, arch: NB101Cell) -> bool:
+        graph = self.pruned(arch)
+        return bool(graph[-1].inputs) and sum(len(vertex.inputs) for vertex in graph) <= self.EDGES
+
+    def pruned(self, arch: NB101Cell) -> Graph:
+        """The vertices on a path from the input to the output, in the order given."""
+        graph, place = [Vertex("input")], {0: 0}
+        for j, op in enumerate(arch.ops[1:], start=1):
+            inputs = tuple(place[i] for i in range(j) if arch.matrix[i][j] and i in place)
+            if inputs or op == "output":
+                place[j] = len(graph)
+                graph.append(Vertex(op, inputs))
+        return live(graph)
+
+    def key(self, arch: NB101Cell) -> str:
+        return spell(canonical(self.pruned(arch)))
+
+    def read(self, text: str) -> NB101Cell:
+        matrix, ops = json.loads(text)
+        require(2 <= len(ops) <= self.VERTICES and ops[0] == "input" and ops[-1] == "output" and set(ops[1:-1]) <= set(self.OPS))
+        require([len(row) for row in matrix] == [len(ops)] * len(ops))
+        require(all(type(x) is int and x in (0, int(j > i)) for i, row in enumerate(matrix) for j, x in enumerate(row)))
+        arch = NB101Cell(tuple(map(tuple, matrix)), tuple(ops))
+        require(self.valid(arch))
+        return arch
+
+    def format(self, arch: NB101Cell) -> str:
+        return json.dumps(arch)
+
+    def build(self, arch: NB101Cell) -> nn.Module:
+        return self.network(canonical(self.pruned(arch)), self.width, self.cells)
+
+    def benchmark(self, arch: NB101Cell) -> nn.Module:
+        return Classifier(self.network(self.pruned(arch), 128, 3), 4 * 128)
+
+    def network(self, graph: Graph, width: int, cells: int) -> nn.Module:
+        entries = conv_bn_relu(3, width, 3), nn.MaxPool2d(2), nn.MaxPool2d(2)
+        return normal_init(Stages(*(
+            nn.Sequential(entry, *(NB101Block(graph, c if i or not stack else c // 2, c) for i in range(cells)))
+            for stack, (entry, c) in enumerate(zip(entries, (width, 2 * width, 4 * width))))))
+
+
+class NB101Block(nn.Module):
+    """A NAS-Bench-101 cell. What leaves the input passes a 1x1 convolution of its own; the output's channels are divided
+    among the vertices that reach it, the remainder one each to the first; others are as wide as the widest that they feed."""
+
+    def __init__(self, graph: Graph, c_in: int, c_out: int):
+        super().__init__()
+        self.graph, last = graph, len(graph) - 1
+        self.joined = [j for j in graph[last].inputs if j]
+        self.channels = [0] * last + [c_out]
+        for place, j in enumerate(self.joined):
+            self.channels[j] = c_out // len(self.joined) + (place < c_out % len(self.joined))
+        for j in reversed(range(1, last)):
+            if j not in self.joined:
+                self.channels[j] = max(self.channels[i] for i in range(j, last) if j in graph[i].inputs)
+        self.ops = nn.ModuleList(OPS[graph[j].op](self.channels[j], 1) for j in range(1, last))
+        self.projections = nn.ModuleDict({str(j): conv_bn_relu(c_in, self.channels[j], 1) for j in range(1, last + 1) if 0 in graph[j].inputs})
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W)
         maps = [x]
-        sums: dict[tuple[int, ...], Tensor] = {}
-
-        def total(inputs: tuple[int, ...]) -> Tensor:
-            if inputs not in sums:
-                sums[inputs] = sum((maps[i] for i in inputs[1:]), start=maps[inputs[0]])
-            return sums[inputs]
-
-        for op, vertex in zip(self.ops, self.graph[1:-1]):
-            maps.append(op(total(vertex.inputs)))
-        return total(self.graph[-1].inputs)
-
-
-def count_parameters(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
+        for j, op in enumerate(self.ops, start=1):
+            first, *others = [maps[i][:, :self.channels[j]] if i else self.projections[str(j)](x) for i in self.graph[j].inputs]
+            maps.append(op(sum(others, start=first)))
+        output = [torch.cat([maps[j] for j in self.joined], 1)] if self.joined else []
+        if 0 in self.graph[-1].inputs:
+            output.append(self.projections[str(len(self.graph) - 1)](x))
+        return sum(output[1:], start=output[0])
 
 
 # ---------------------------------------------------------------------------------------------------- NAS-Bench-201
-class NB201:
+class NB201(SearchSpace):
     """NAS-Bench-201 (Dong and Yang, ICLR 2020): 15,625 cells of 4 nodes with one operation on each of the 6 edges.
 
     An arch is the tuple of the operations on the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3; a node is the sum of its edges.
-    The network: a stem, three stages of `cells` equal cells at widths `width`, 2 `width`, 4 `width`, and a residual
-    block that halves the map between two stages. The taps are the ends of the stages: 32x32, 16x16, 8x8.
+    A stem, three stages of five equal cells; between stages a residual block halves the map and doubles the channels.
     """
-    name = "nb201"
-    task = "nb101"  # the task that the authors used for this space
+    name, task = "nb201", "nb101"
     OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")  # numbered as in the authors' files
     NAMES, NUMBERS = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|", "[[{}],[{},{}],[{},{},{}]]"  # the two spellings
+    spelling = f"{NAMES} or {NUMBERS}, each {{}} one of {', '.join(OPS)} or its number 0 to 4"
     EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 
     def __init__(self, width: int = 16, cells: int = 5):
@@ -143,97 +433,722 @@ class NB201:
     def random(self, rng: random.Random) -> tuple[str, ...]:
         return tuple(rng.choice(self.OPS) for _ in self.EDGES)
 
-    def mutate(self, arch: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
-        """Another operation on one edge, such that the network is another one."""
-        while True:
-            edge = rng.randrange(len(arch))
-            child = *arch[:edge], rng.choice(self.OPS), *arch[edge + 1:]
-            if self.key(child) != self.key(arch):
-                return child
+    def neighbour(self, arch: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
+        edge = rng.randrange(len(arch))
+        return replaced(arch, edge, another(self.OPS, arch[edge], rng))
 
-    def graph(self, arch: tuple[str, ...]) -> Graph:
-        """The canonical live graph: a vertex for each operation that has an effect, skips resolved to what they carry."""
-        vertices = [Vertex("input", ())]
+    def live_graph(self, arch: tuple[str, ...]) -> Graph:
+        """The canonical graph of what has an effect; a skip is resolved to what it carries."""
+        graph = [Vertex("input")]
         nodes: list[tuple[int, ...]] = [(0,), (), (), ()]  # the vertices whose sum a node is
         for (source, target), op in zip(self.EDGES, arch):
             if op == "skip_connect":
                 nodes[target] += nodes[source]
             elif op != "none" and nodes[source]:
-                nodes[target] += (len(vertices),)
-                vertices.append(Vertex(op, nodes[source]))
-        return canonical(live((*vertices, Vertex("output", nodes[3]))))
+                nodes[target] += (len(graph),)
+                graph.append(Vertex(op, nodes[source]))
+        return canonical(live([*graph, Vertex("output", nodes[3])]))
+
+    def full_graph(self, arch: tuple[str, ...]) -> Graph:
+        """Every edge's operation, as the benchmark runs them."""
+        into = {node: tuple(i + 1 for i, (_, target) in enumerate(self.EDGES) if target == node) or (0,) for node in range(4)}
+        return (Vertex("input"), *(Vertex(op, into[source]) for (source, _), op in zip(self.EDGES, arch)), Vertex("output", into[3]))
 
     def key(self, arch: tuple[str, ...]) -> str:
-        return ";".join(f"{op}({','.join(map(str, inputs))})" for op, inputs in self.graph(arch))
+        return spell(self.live_graph(arch))
 
-    def parse(self, text: str) -> tuple[str, ...]:
-        """From `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|` or the authors' numbers `[[a],[b,c],[d,e,f]]`; else ValueError."""
-        for spelling, ops in ((self.NAMES, {op: op for op in self.OPS}), (self.NUMBERS, dict(zip("01234", self.OPS)))):
-            found = re.fullmatch(re.escape(spelling).replace(r"\{\}", r"(\w+)"), "".join(text.split()))
-            if found and all(op in ops for op in found.groups()):
-                return tuple(ops[op] for op in found.groups())
-        raise ValueError(f"not a NAS-Bench-201 cell: {text!r}; right is {self.NAMES} or {self.NUMBERS}, "
-                         f"each {{}} one of {', '.join(self.OPS)} or its number 0 to 4")
+    def read(self, text: str) -> tuple[str, ...]:
+        template, ops = (self.NAMES, {op: op for op in self.OPS}) if text[0] == "|" else (self.NUMBERS, dict(zip("01234", self.OPS)))
+        found = re.fullmatch(re.escape(template).replace(r"\{\}", r"(\w+)"), "".join(text.split()))
+        return tuple(ops[op] for op in found.groups())
 
     def format(self, arch: tuple[str, ...]) -> str:
         return self.NAMES.format(*arch)
 
-    def params(self, arch: tuple[str, ...]) -> int:
-        """As recorded: the network of width 16 and 5 cells a stage, every edge's operation, affine batch norms, 10 classes."""
-        everything = Vertex("input", ()), *(Vertex(op, (0,)) for op in arch), Vertex("output", ())
-        with torch.device("meta"):
-            network = NB201Network(everything, width=16, cells=5, plain_bn=False)
-            return count_parameters(network, nn.BatchNorm2d(64), nn.Linear(64, 10))
-
     def build(self, arch: tuple[str, ...]) -> nn.Module:
-        """Images (B, 3, 32, 32) -> three maps (B, w, 32, 32), (B, 2w, 16, 16), (B, 4w, 8, 8). Batch norms in the cells
-        have no affine parameters and no running statistics, as in the authors' code."""
-        return NB201Network(self.graph(arch), self.width, self.cells, plain_bn=True)
+        """Batch norms in the cells have no affine parameters and no running statistics, as in the code of GenNAS's authors."""
+        def plain(c: int) -> nn.Module:
+            return nn.BatchNorm2d(c, affine=False, track_running_stats=False)
+
+        graph = self.live_graph(arch)
+        if not graph[-1].inputs:
+            return Nothing(self.width, 2 * self.width, 4 * self.width)
+        return self.network(graph, self.width, self.cells, OPS | {"nor_conv_1x1": relu_conv(1, plain), "nor_conv_3x3": relu_conv(3, plain)})
+
+    def benchmark(self, arch: tuple[str, ...]) -> nn.Module:
+        return Classifier(self.network(self.full_graph(arch), 16, 5, OPS), 64, tail=(nn.BatchNorm2d(64), nn.ReLU()))
+
+    def network(self, graph: Graph, width: int, cells: int, ops: dict[str, Op]) -> nn.Module:
+        widths = width, 2 * width, 4 * width
+        entries = conv_bn(3, width, 3), *(self.reduction(c_in, c_out) for c_in, c_out in pairwise(widths))
+        return Stages(*(nn.Sequential(entry, *(NB201Cell(graph, c, ops) for _ in range(cells))) for entry, c in zip(entries, widths)))
 
 
-class NB201Network(nn.Module):
-    def __init__(self, graph: Graph, width: int, cells: int, plain_bn: bool):
+    def reduction(self, c_in: int, c_out: int) -> nn.Module:
+        """The residual block between stages: half the side, another width."""
+        return Sum(nn.Sequential(relu_conv_bn(c_in, c_out, 3, stride=2), relu_conv_bn(c_out, c_out, 3)),
+                   nn.Sequential(nn.AvgPool2d(2), conv(c_in, c_out, 1)))
+
+
+class NB201Cell(nn.Module):
+    def __init__(self, graph: Graph, width: int, ops: dict[str, Op]):
         super().__init__()
-        self.dead = not graph[-1].inputs
-        self.widths = widths = width, 2 * width, 4 * width
-        entries = conv_bn([], 3, width, 3), *(ReductionBlock(c_in, c_out) for c_in, c_out in pairwise(widths))
-        self.stages = nn.ModuleList(nn.Sequential(entry, *(Cell(graph, self.ops(c, plain_bn)) for _ in range(cells)))
-                                    for entry, c in zip(entries, widths))
+        self.graph = graph
+        self.ops = nn.ModuleList(ops[vertex.op](width, 1) for vertex in graph[1:])
 
-    @staticmethod
-    def ops(width: int, plain_bn: bool) -> dict[str, Any]:
-        return {
-            "none": nn.Identity,
-            "skip_connect": nn.Identity,
-            "nor_conv_1x1": lambda: conv_bn([nn.ReLU()], width, width, 1, plain_bn=plain_bn),
-            "nor_conv_3x3": lambda: conv_bn([nn.ReLU()], width, width, 3, plain_bn=plain_bn),
-            "avg_pool_3x3": lambda: nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
-        }
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        return run_graph(self.graph, self.ops, [x])[-1]
+
+
+class Nothing(nn.Module):
+    """A dead network: its taps are zero."""
+
+    def __init__(self, *widths: int):
+        super().__init__()
+        self.widths = widths
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        if self.dead:  # no cell passes anything on
-            return [x.new_zeros(len(x), c, x.shape[2] >> i, x.shape[3] >> i) for i, c in enumerate(self.widths)]
-        taps = []
-        for stage in self.stages:
-            x = stage(x)
-            taps.append(x)
-        return taps
+        return [x.new_zeros(len(x), c, x.shape[2] >> i, x.shape[3] >> i) for i, c in enumerate(self.widths)]
 
 
-class ReductionBlock(nn.Module):
-    """NAS-Bench-201's residual block between stages: half the map's side, another width."""
+# -------------------------------------------------------------------------------------------------- NAS-Bench-Macro
+class NBMacro(SearchSpace):
+    """NAS-Bench-Macro (Su et al., CVPR 2021): 6,561 networks of 8 layers, each an identity or an inverted residual block.
 
-    def __init__(self, c_in: int, c_out: int):
+    An arch is its 8 digits: 0 identity, 1 a 3x3 block of expansion 3, 2 a 5x5 block of expansion 6. Stages of 2, 3 and 3
+    layers; the first layer of each halves the map (the first stage's does not when regressing) and doubles the channels.
+    """
+    name, task = "nbmacro", "nb101"
+    STAGES = (0, 2), (2, 5), (5, 8)
+    spelling = "8 digits, each 0, 1 or 2"
+    BLOCKS = {"1": (3, 3), "2": (5, 6)}  # kernel, expansion
+
+    def __init__(self, width: int = 32):
+        self.width = width  # of the stem
+
+    def random(self, rng: random.Random) -> str:
+        return "".join(rng.choice("012") for _ in range(8))
+
+    def neighbour(self, arch: str, rng: random.Random) -> str:
+        layer = rng.randrange(8)
+        return arch[:layer] + another("012", arch[layer], rng) + arch[layer + 1:]
+
+    def key(self, arch: str) -> str:
+        """An identity that changes no shape is nothing."""
+        return " ".join(arch[start] + arch[start + 1:end].replace("0", "") for start, end in self.STAGES)
+
+    def read(self, text: str) -> str:
+        return re.fullmatch("[012]{8}", text.strip('"'))[0]
+
+    def format(self, arch: str) -> str:
+        return arch
+
+    def build(self, arch: str) -> nn.Module:
+        return self.network(arch, self.width, first_stride=1)
+
+    def benchmark(self, arch: str) -> nn.Module:
+        return Classifier(self.network(arch, 32, first_stride=2), 1280, tail=[conv_bn_relu(256, 1280, 1)])
+
+    def network(self, arch: str, width: int, first_stride: int) -> nn.Module:
+        stages = []
+        for number, stage in enumerate(self.key(arch).split()):
+            c_in, c_out, stride = width << number, width << number + 1, 2 if number else first_stride
+            layers = [conv_bn_relu(3, width, 3)] if not number else []
+            layers += [self.layer(digit, *((c_in, c_out, stride) if not i else (c_out, c_out, 1))) for i, digit in enumerate(stage)]
+            stages.append(nn.Sequential(*layers))
+        return Stages(*stages)
+
+    def layer(self, digit: str, c_in: int, c_out: int, stride: int) -> nn.Module:
+        if digit == "0":
+            return conv_bn(c_in, c_out, 1, stride)
+        kernel, expansion = self.BLOCKS[digit]
+        c = c_in * expansion
+        block = nn.Sequential(conv_bn_relu(c_in, c, 1), conv_bn_relu(c, c, kernel, stride, groups=c), conv_bn(c, c_out, 1))
+        return Sum(block, nn.Identity()) if stride == 1 and c_in == c_out else block
+
+
+# ---------------------------------------------------------------- NDS cell spaces: DARTS, ENAS, PNAS, NASNet, Amoeba
+class Genotype(NamedTuple):
+    """Two cells, as in the code of DARTS; prints as the Python that rebuilds it. Nodes are numbered from 2 (0 and 1 are the
+    two previous cells); a node is the sum of two operations on earlier ones, at 2 i and 2 i + 1 of its cell's list."""
+    normal: tuple[tuple[str, int], ...]
+    normal_concat: tuple[int, ...]
+    reduce: tuple[tuple[str, int], ...]
+    reduce_concat: tuple[int, ...]
+
+
+class CellNet(NamedTuple):
+    genotype: Genotype
+    width: int
+    depth: int
+
+
+class CellSpace(NamedTuple):
+    """What differs between the cell spaces: nodes of a cell, whether the output has all of them or only the loose ends,
+    the nodes that feed no other, and the operations."""
+    nodes: int
+    loose_ends: bool
+    ops: tuple[str, ...]
+
+
+POOLS_AND_SEPARABLES = ("skip_connect", "avg_pool_3x3", "max_pool_3x3", "sep_conv_3x3", "sep_conv_5x5")
+CELL_SPACES = {
+    "darts": CellSpace(4, False, ("none", *POOLS_AND_SEPARABLES, "dil_conv_3x3", "dil_conv_5x5")),
+    "enas": CellSpace(5, True, POOLS_AND_SEPARABLES),
+    "pnas": CellSpace(5, False, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "dil_conv_3x3", "conv_7x1_1x7")),
+    "nasnet": CellSpace(5, True, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "max_pool_5x5", "max_pool_7x7", "conv_1x1", "conv_3x3",
+                                  "conv_3x1_1x3", "conv_7x1_1x7", "dil_conv_3x3")),
+    "amoeba": CellSpace(5, True, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "dil_sep_conv_3x3", "conv_7x1_1x7")),
+}
+
+
+class Cells(SearchSpace):
+    """The cell spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`), width and depth searched or fixed.
+
+    The ImageNet network's values are those of its records; of the CIFAR one's no record is at hand.
+    """
+    task = "darts"
+    MACRO = {  # imagenet -> widths, depths, fixed width and depth; the fixed CIFAR ones are a choice made here
+        False: ((16, 24, 32), (4, 8, 12, 16, 20), (16, 20)),
+        True: ((32, 48, 64, 80, 96), (6, 10, 14, 18, 22), (32, 22)),
+    }
+
+    def __init__(self, cells: str, fixed: bool = False, imagenet: bool = False):
+        self.name = cells + "-fix" * fixed + "-in" * imagenet
+        self.nodes, self.loose_ends, self.ops = CELL_SPACES[cells]
+        self.fixed, self.imagenet = fixed, imagenet
+        self.side = 224 if imagenet else 32
+        self.widths, self.depths, self.default = self.MACRO[imagenet]
+        if fixed:
+            self.widths, self.depths = ((value,) for value in self.default)
+        self.spelling = (f"an NDS net dict or Genotype(normal=..., normal_concat=..., reduce=..., reduce_concat=...) with {self.nodes} nodes of two "
+                         f"(op, input), ops among {', '.join(self.ops)}, the concat {'the loose ends' if self.loose_ends else 'all nodes'}; "
+                         f"width in {self.widths}, depth in {self.depths}")
+
+    def random(self, rng: random.Random) -> CellNet:
+        def cell() -> tuple[tuple[str, int], ...]:
+            return tuple((rng.choice(self.ops), rng.randrange(2 + i // 2)) for i in range(2 * self.nodes))
+        return CellNet(self.genotype(cell(), cell()), rng.choice(self.widths), rng.choice(self.depths))
+
+    def genotype(self, normal: tuple, reduce: tuple) -> Genotype:
+        def concat(pairs: tuple) -> tuple[int, ...]:
+            fed = {source for _, source in pairs} if self.loose_ends else ()
+            return tuple(node for node in range(2, 2 + self.nodes) if node not in fed)
+        return Genotype(normal, concat(normal), reduce, concat(reduce))
+
+    def neighbour(self, arch: CellNet, rng: random.Random) -> CellNet:
+        """Another operation or another input in one place, or another width or depth."""
+        cells = [arch.genotype.normal, arch.genotype.reduce]
+        places = list(product(("op", "input"), range(2), range(2 * self.nodes))) + [("width", 0, 0), ("depth", 0, 0)] * (not self.fixed)
+        what, cell, i = rng.choice(places)
+        if what == "width":
+            return arch._replace(width=another(self.widths, arch.width, rng))
+        if what == "depth":
+            return arch._replace(depth=another(self.depths, arch.depth, rng))
+        op, source = cells[cell][i]
+        pair = (another(self.ops, op, rng), source) if what == "op" else (op, another(range(2 + i // 2), source, rng))
+        cells[cell] = replaced(cells[cell], i, pair)
+        return arch._replace(genotype=self.genotype(*cells))
+
+    def full_graph(self, pairs: tuple, concat: tuple[int, ...], reduction: bool) -> Graph:
+        """Every operation, as the benchmark runs them, of either cell. Vertices 0 and 1 are the inputs."""
+        graph, node = [Vertex("input 0"), Vertex("input 1")], [0, 1]
+        for i in range(0, len(pairs), 2):
+            graph += [Vertex(op, (node[source],)) for op, source in pairs[i:i + 2]]
+            node.append(len(graph))
+            graph.append(Vertex("node", (len(graph) - 2, len(graph) - 1)))
+        return *graph, Vertex("concat", tuple(node[j] for j in concat))
+
+    def live_graph(self, pairs: tuple, concat: tuple[int, ...], reduction: bool) -> Graph:
+        """The canonical graph of what has an effect. A skip is resolved to what it carries, except a strided one, which
+        is an operation; of a zero, pools are zero too, while a convolution's batch norm still adds its bias (and the second
+        half of a separable one makes something of it)."""
+        graph = [Vertex("input 0"), Vertex("input 1")]
+        terms: list[tuple[int, ...]] = [(0,), (1,)]  # the vertices whose sum a node is
+        for i in range(0, len(pairs), 2):
+            total: tuple[int, ...] = ()
+            for op, source in pairs[i:i + 2]:
+                if op == "skip_connect" and not (reduction and source < 2):
+                    total += terms[source]
+                elif op != "none" and (terms[source] or "conv" in op):
+                    total += (len(graph),)
+                    graph.append(Vertex(op if terms[source] or op.startswith("sep") else "bias", terms[source]))
+            terms.append(total)
+        first = len(graph)
+        graph += [Vertex("node", terms[j]) for j in concat]
+        return canonical(live([*graph, Vertex("concat", tuple(range(first, len(graph))))]))
+
+    def graphs(self, arch: CellNet, graph: Callable[..., Graph]) -> list[Graph]:
+        """Of the normal and the reduction cell."""
+        return [graph(arch.genotype.normal, arch.genotype.normal_concat, False), graph(arch.genotype.reduce, arch.genotype.reduce_concat, True)]
+
+    def key(self, arch: CellNet) -> str:
+        graphs = self.graphs(arch, self.live_graph)
+        reductions = {arch.depth // 3, 2 * arch.depth // 3}  # where these reach no tap, their cell does not matter
+        used = graphs if reductions & needed_cells(graphs, arch.depth) else graphs[:1]
+        return "|".join([*map(spell, used), str(arch.width), str(arch.depth)])
+
+    def read(self, text: str) -> CellNet:
+        """From an NDS net dict, or from the text `Genotype(...)`, which has the fixed width and depth."""
+        if text.startswith("{"):
+            net = json.loads(text)
+            genotype, width, depth = net["genotype"], net["width"], net["depth"]
+        else:
+            call = ast.parse(text, mode="eval").body
+            require(call.func.id == "Genotype" and not call.args)
+            genotype, (width, depth) = {word.arg: literal(word.value) for word in call.keywords}, self.default
+        cells = [tuple((op, source) for op, source in genotype[cell]) for cell in ("normal", "reduce")]
+        for pairs in cells:
+            require(len(pairs) == 2 * self.nodes)
+            require(all(op in self.ops and is_whole(source, 0) and source < 2 + i // 2 for i, (op, source) in enumerate(pairs)))
+        arch = CellNet(self.genotype(*cells), width, depth)
+        for concat in ("normal_concat", "reduce_concat"):
+            require(len(genotype[concat]) <= self.nodes and tuple(genotype[concat]) == getattr(arch.genotype, concat))
+        require(is_whole(width) and width in self.widths and is_whole(depth) and depth in self.depths)
+        return arch
+
+    def format(self, arch: CellNet) -> str:
+        return str(arch.genotype) if self.fixed else json.dumps({"genotype": arch.genotype._asdict(), "width": arch.width, "depth": arch.depth})
+
+    def build(self, arch: CellNet) -> nn.Module:
+        return CellNetwork(self.graphs(arch, self.live_graph), arch.width, arch.depth, self.imagenet)
+
+    def benchmark(self, arch: CellNet) -> nn.Module:
+        network = CellNetwork(self.graphs(arch, self.full_graph), arch.width, arch.depth, self.imagenet, whole=True)
+        return Classifier(network, network.out_width, 1000 if self.imagenet else 10)
+
+
+def literal(node: ast.expr) -> Any:
+    """The value of a Python literal, or of range(...) of literals."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+        return range(*map(ast.literal_eval, node.args))
+    return ast.literal_eval(node)
+
+
+def inputs_read(graph: Graph) -> set[int]:
+    return {j for vertex in graph for j in vertex.inputs if j < 2}
+
+
+def needed_cells(graphs: list[Graph], depth: int) -> set[int]:
+    """The cells whose output reaches a tap; below 0, the stem's two outputs."""
+    reductions = depth // 3, 2 * depth // 3
+    needed = {reductions[0] - 1, reductions[1] - 1, depth - 1}
+    for i in reversed(range(depth)):
+        if i in needed:
+            needed |= {i - 2 + j for j in inputs_read(graphs[i in reductions])}
+    return needed
+
+
+class CellNetwork(nn.Module):
+    """Cells in a chain, each on the outputs of the two before it; those at a third and two thirds of the depth are reduction
+    cells, which halve the map and double the width. Taps: before these two, and at the end.
+
+    `whole`: the benchmark's own network, with strides in the ImageNet stem and with what has no effect. Else the stem runs
+    at stride 1, and a cell whose output reaches no tap is left out, as is the preparation of an input that a cell ignores.
+    """
+
+    def __init__(self, graphs: list[Graph], width: int, depth: int, imagenet: bool, whole: bool = False):
         super().__init__()
-        self.body = nn.Sequential(conv_bn([nn.ReLU()], c_in, c_out, 3, stride=2), conv_bn([nn.ReLU()], c_out, c_out, 3))
-        self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(c_in, c_out, 1, bias=False))
+        stride = 2 if whole else 1
+        if imagenet:
+            self.stem = nn.ModuleList([
+                nn.Sequential(conv_bn_relu(3, width // 2, 3, stride), conv_bn(width // 2, width, 3, stride)),
+                relu_conv_bn(width, width, 3, stride)])
+        else:
+            self.stem = nn.ModuleList([conv_bn(3, 3 * width, 3), nn.Identity()])
+        reductions = depth // 3, 2 * depth // 3
+        self.taps = reductions[0] - 1, reductions[1] - 1, depth - 1  # the cells whose outputs they are
+        needed = range(-2, depth) if whole else needed_cells(graphs, depth)
+        self.stem_outputs = [i for i in (-2, -1) if i in needed]
+        self.cells = nn.ModuleDict()
+        c_before = c_last = width if imagenet else 3 * width
+        last_reduced = imagenet and whole
+        for i in range(depth):
+            reduction = i in reductions
+            width *= 1 + reduction
+            graph = graphs[reduction]
+            if i in needed:
+                self.cells[str(i)] = TwoInputCell(graph, c_before, c_last, width, last_reduced, reduction, whole)
+            c_before, c_last, last_reduced = c_last, width * len(graph[-1].inputs), reduction
+        self.out_width = c_last
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H/2, W/2)
-        return self.body(x) + self.shortcut(x)
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = {-2: self.stem[0](x)} if self.stem_outputs else {}
+        if -1 in self.stem_outputs:
+            maps[-1] = self.stem[1](maps[-2])
+        side = x.shape[-1]
+        for name, cell in self.cells.items():
+            i = int(name)
+            maps[i] = cell(maps.get(i - 2), maps.get(i - 1), x, side >> sum(i > tap for tap in self.taps[:2]))
+        return [maps[i] for i in self.taps]
 
 
-# --------------------------------------------------------------------------------------------------- names and labels
-SPACES = {"nb201": NB201}
+class TwoInputCell(nn.Module):
+    """One cell: both inputs brought to its width, its graph, the concatenation of nodes."""
+
+    def __init__(self, graph: Graph, c_before: int, c_last: int, width: int, last_reduced: bool, reduction: bool, whole: bool):
+        super().__init__()
+        self.graph, self.width = graph, width
+        before = FactorizedReduction(c_before, width) if last_reduced else relu_conv_bn(c_before, width, 1)
+        read = {0, 1} if whole else inputs_read(graph)
+        self.prepare = nn.ModuleDict({str(j): module for j, module in enumerate((before, relu_conv_bn(c_last, width, 1))) if j in read})
+        strides = [2 if reduction and vertex.inputs and max(vertex.inputs) < 2 else 1 for vertex in graph]
+        self.ops = nn.ModuleList(OPS[vertex.op](width, stride) for vertex, stride in list(zip(graph, strides))[2:-1])
+
+    def forward(self, before: Tensor | None, last: Tensor | None, images: Tensor, side: int) -> Tensor:
+        """(B, c_before, H', W'), (B, c_last, H, W) -> (B, n width, side, side). An input that the cell ignores may be None;
+        `images` gives the batch, the device and the type of a node's map that is zero."""
+        inputs = [self.prepare[str(j)](x) if str(j) in self.prepare else None for j, x in enumerate((before, last))]
+        zero = None if all(vertex.inputs for vertex in self.graph[2:]) else images.new_zeros(len(images), self.width, side, side)
+        maps = run_graph(self.graph, self.ops, inputs, zero)
+        return torch.cat([maps[j] for j in self.graph[-1].inputs], 1)
+
+
+# ----------------------------------------------------------------------- NDS residual spaces: ResNet, ResNeXt-A and -B
+class ResidualNet(NamedTuple):
+    """An NDS net dict, one entry a stage; the first entry of each list is the stem's."""
+    block_type: str
+    ds: tuple[int, ...]  # blocks
+    ws: tuple[int, ...]  # widths
+    ss: tuple[int, ...]  # strides
+    bot_muls: tuple[float, ...]  # bottleneck width over width; empty but for res_bottleneck_block
+    num_gs: tuple[int, ...]  # groups of the 3x3 convolution, likewise
+
+
+class ResidualSpace(NamedTuple):
+    """What differs between the residual spaces: the blocks that records may have (the first is drawn), and the values."""
+    blocks: tuple[str, ...]
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    multipliers: tuple[float, ...]
+    groups: tuple[int, ...]
+    strides: dict[bool, tuple[int, ...]]  # of the CIFAR and of the ImageNet network
+    stems: dict[bool, int]  # their widths
+    log_uniform: bool = False  # the draw of blocks and widths; else uniform
+
+
+RESNEXT = (1, 2, 4, 8, 16), (0.25, 0.5, 1.0), {False: (1, 1, 2, 2), True: (8, 1, 2, 2)}, {False: 16, True: 64}
+RESIDUAL_SPACES = {
+    "resnet": ResidualSpace(("res_basic_block", "double_plain_block"), tuple(range(1, 25)), tuple(range(16, 257, 8)), (), (),
+                            {False: (1, 1, 2, 2), True: (4, 1, 2, 2, 2)}, {False: 16, True: 16}, log_uniform=True),
+    "resnext-a": ResidualSpace(("res_bottleneck_block",), RESNEXT[0], (16, 32, 64, 128, 256), RESNEXT[1], (1, 2, 4), *RESNEXT[2:]),
+    "resnext-b": ResidualSpace(("res_bottleneck_block",), RESNEXT[0], (64, 128, 256, 512, 1024), RESNEXT[1], (1, 2, 4, 8, 16), *RESNEXT[2:]),
+}
+
+
+def with_shortcut(c_in: int, c_out: int, stride: int, *body: nn.Module) -> nn.Module:
+    return Sum(nn.Sequential(*body), nn.Identity() if stride == 1 and c_in == c_out else conv_bn(c_in, c_out, 1, stride))
+
+
+# stride of the benchmark's whole stem -> its layers(width, stride of each layer that has one)
+STEMS: dict[int, Callable[[int, int], list[nn.Module]]] = {
+    1: lambda w, stride: [conv_bn_relu(3, w, 3)],
+    4: lambda w, stride: [conv_bn_relu(3, w, 7, stride), nn.MaxPool2d(3, stride, 1)],
+    8: lambda w, stride: [conv_bn_relu(3, w // 2, 3, stride), conv_bn_relu(w // 2, w, 3, stride), conv_bn_relu(w, w, 3, stride)],
+}
+
+# block type -> constructor(c_in, c_out, stride, bottleneck width, groups); the ReLU after it is not part of it
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "double_plain_block": lambda c_in, c, stride, *_: nn.Sequential(conv_bn_relu(c_in, c, 3, stride), conv_bn(c, c, 3)),
+    "res_basic_block": lambda c_in, c, stride, *_: with_shortcut(c_in, c, stride, conv_bn_relu(c_in, c, 3, stride), conv_bn(c, c, 3)),
+    "res_bottleneck_block": lambda c_in, c, stride, middle, groups: with_shortcut(
+        c_in, c, stride, conv_bn_relu(c_in, middle, 1), conv_bn_relu(middle, middle, 3, stride, groups), conv_bn(middle, c, 1)),
+}
+
+
+class Residual(SearchSpace):
+    """The residual spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`)."""
+    task = "resnet"
+
+    def __init__(self, kind: str, imagenet: bool = False):
+        self.name = kind + "-in" * imagenet
+        self.values, self.imagenet = RESIDUAL_SPACES[kind], imagenet
+        self.side = 224 if imagenet else 32
+        self.strides, self.stem = self.values.strides[imagenet], self.values.stems[imagenet]
+        self.choices = {"ds": self.values.depths, "ws": self.values.widths, "bot_muls": self.values.multipliers, "num_gs": self.values.groups}
+        self.spelling = (f"an NDS net dict as JSON: block_type {' or '.join(self.values.blocks)}, ss {list(self.strides)}, and as many "
+                         f"{', '.join(field for field, values in self.choices.items() if values)}, the first entry the stem's")
+
+    def random(self, rng: random.Random) -> ResidualNet:
+        def draw(values: tuple, stem: Any) -> tuple:
+            weights = [1 / v for v in values] if self.values.log_uniform else None
+            return (stem, *rng.choices(values, weights, k=len(self.strides) - 1)) if values else ()
+
+        return ResidualNet(self.values.blocks[0], draw(self.values.depths, 1), draw(self.values.widths, self.stem), self.strides,
+                           draw(self.values.multipliers, 1.0), draw(self.values.groups, 1))
+
+    def neighbour(self, arch: ResidualNet, rng: random.Random) -> ResidualNet:
+        """Another value in one place."""
+        field = rng.choice([field for field in self.choices if getattr(arch, field)])
+        values = getattr(arch, field)
+        stage = rng.randrange(1, len(values))
+        return arch._replace(**{field: replaced(values, stage, another(self.choices[field], values[stage], rng))})
+
+    def stages(self, arch: ResidualNet) -> list[tuple]:
+        """Of each stage: blocks, width, stride, bottleneck width, groups; the last two only of bottleneck blocks."""
+        middle = [(round(w * m), g) for w, m, g in zip(arch.ws, arch.bot_muls, arch.num_gs)] or [(0, 0)] * len(arch.ds)
+        return [(d, w, s, *more) for d, w, s, more in zip(arch.ds, arch.ws, arch.ss, middle)][1:]
+
+    def key(self, arch: ResidualNet) -> str:
+        return json.dumps([arch.block_type, arch.ws[0], arch.ss[0], self.stages(arch)])
+
+    def read(self, text: str) -> ResidualNet:
+        net = json.loads(text)
+        arch = ResidualNet(net["block_type"], *(tuple(net[field]) for field in ResidualNet._fields[1:]))._replace(ss=self.strides)
+        require(arch.block_type in self.values.blocks and tuple(net["ss"]) == self.strides)
+        for field, values in self.choices.items():
+            listed = getattr(arch, field)
+            require(len(listed) == (len(self.strides) if values else 0) and (field == "bot_muls" or all(map(is_whole, listed))))
+            require(max(listed, default=0) <= max(values, default=0) if self.values.log_uniform else set(listed[1:]) <= set(values))
+        return arch
+
+    def format(self, arch: ResidualNet) -> str:
+        return json.dumps(arch._asdict())
+
+    def build(self, arch: ResidualNet) -> nn.Module:
+        return self.network(arch, stem_stride=1)
+
+    def benchmark(self, arch: ResidualNet) -> nn.Module:
+        return Classifier(self.network(arch, stem_stride=2), arch.ws[-1], 1000 if self.imagenet else 10, tail=[nn.ReLU()])
+
+    def network(self, arch: ResidualNet, stem_stride: int) -> nn.Module:
+        """`stem_stride`: of each layer of an ImageNet stem. The ReLU of a stage's last block opens the next stage."""
+        stem = STEMS[arch.ss[0]](arch.ws[0], stem_stride)
+        stages, c_in = [], arch.ws[0]
+        for blocks, c, stride, middle, groups in self.stages(arch):
+            layers: list[nn.Module] = []
+            for i in range(blocks):
+                layers += [nn.ReLU(), BLOCKS[arch.block_type](c_in, c, stride if not i else 1, middle, groups)]
+                c_in = c
+            stages.append(nn.Sequential(*layers))
+        stages[0] = nn.Sequential(*stem, *stages[0][1:])  # the stem ends in a ReLU or a pool of its own
+        return normal_init(Stages(*stages))
+
+
+# ---------------------------------------------------------------------------------------------------- NAS-Bench-NLP
+class Node(NamedTuple):
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+
+
+class NBNLP(SearchSpace):
+    """NAS-Bench-NLP (Klyuchnikov et al., IEEE Access 2022): 14,322 recurrent cells. An arch is a recipe, a tuple of nodes.
+
+    A node works on x, the previous hidden states h_prev_0 ... h_prev_2 and other nodes; the nodes h_new_i become the next
+    hidden states, and h_new_0 is the layer's output. Three layers, 400 -> 600 -> 600 -> 400.
+    """
+    name, task = "nbnlp", "nlp"
+    ACTIVATIONS = "activation_tanh", "activation_sigm", "activation_leaky_relu"
+    ARITY = {"linear": (2, 3), "blend": (3,), "elementwise_prod": (2,), "elementwise_sum": (2,), **dict.fromkeys(ACTIVATIONS, (1,))}
+    WORDS = 10_000  # of the benchmark's vocabulary
+    spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}} without a cycle, over x and h_prev_i, with h_new_0 and as many h_new as '
+                f"h_prev, ops {', '.join(ARITY)}")
+
+    def __init__(self, widths: tuple[int, ...] = (400, 600, 600, 400)):
+        self.widths = widths
+
+    def random(self, rng: random.Random) -> tuple[Node, ...]:
+        """The benchmark's generator: nodes on earlier ones, some of them the new hidden states, until all is used."""
+        while True:
+            previous = [f"h_prev_{i}" for i in range(rng.choice((1, 2, 3)))]
+            size = len(previous) + rng.choice((7, 14, 21))
+            nodes: list[Node] = []
+            while len(nodes) < size:
+                op, = rng.choices(("linear", "blend", "elementwise_prod", "elementwise_sum"), (3, 1, 1, 1))
+                sources = self.sources(op, nodes, previous)
+                count = min(*rng.choices((2, 3), (4, 1)), len(sources)) if op == "linear" else self.ARITY[op][0]
+                if count <= len(sources):
+                    nodes.append(Node(f"node_{len(nodes)}", op, tuple(rng.sample(sources, count))))
+                    if op == "linear":
+                        nodes.append(Node(f"node_{len(nodes)}", rng.choice(self.ACTIVATIONS), (nodes[-1].name,)))
+            new = {node.name: f"h_new_{i}" for i, node in enumerate(rng.sample(nodes, len(previous)))}
+            nodes = [Node(new.get(name, name), op, tuple(new.get(source, source) for source in inputs)) for name, op, inputs in nodes]
+            reached = self.reached(nodes, list(new.values()))
+            arch = tuple(node for node in nodes if node.name in reached)
+            if self.valid(arch):
+                return arch
+
+    def sources(self, op: str, nodes: Iterable[Node], previous: list[str]) -> list[str]:
+        """What an operation may read: linear layers read x, hidden states and activations; the others no x, but all nodes."""
+        if op == "linear":
+            return ["x", *previous, *(node.name for node in nodes if node.op in self.ACTIVATIONS)]
+        return [*previous, *(node.name for node in nodes)]
+
+    def reached(self, nodes: Iterable[Node], names: list[str], through_time: bool = False) -> set[str]:
+        """All that `names` depend on, in one step or, through the hidden states, over all steps."""
+        inputs = {node.name: node.inputs for node in nodes}
+        todo, found = list(names), set()
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo += inputs.get(name, ())
+                if through_time and name.startswith("h_prev"):
+                    todo.append(name.replace("prev", "new"))
+        return found
+
+    def acyclic(self, arch: tuple[Node, ...]) -> bool:
+        try:
+            return bool(self.in_order(arch))
+        except CycleError:
+            return False
+
+    def valid(self, arch: tuple[Node, ...]) -> bool:
+        """As the benchmark's generator has it: everything used, no new hidden state that reads a previous one."""
+        new = [node.name for node in arch if node.name.startswith("h_new")]
+        needed = {"x", *(name.replace("new", "prev") for name in new), *(node.name for node in arch)}
+        return needed <= self.reached(arch, new) and not any(
+            source.startswith("h_prev") for node in arch if node.name in new for source in node.inputs)
+
+    def in_order(self, arch: tuple[Node, ...]) -> list[Node]:
+        nodes = {node.name: node for node in arch}
+        order = TopologicalSorter({node.name: node.inputs for node in arch}).static_order()
+        return [nodes[name] for name in order if name in nodes]
+
+    def neighbour(self, arch: tuple[Node, ...], rng: random.Random) -> tuple[Node, ...]:
+        """Another activation, a sum for a product or the reverse, or another input in one place."""
+        previous = [node.name.replace("new", "prev") for node in arch if node.name.startswith("h_new")]
+        valid = self.valid if self.valid(arch) else lambda child: True  # of a foreign recipe no more is asked than it has
+        while True:
+            place = rng.randrange(len(arch))
+            node = arch[place]
+            kin = next((ops for ops in (self.ACTIVATIONS, ("elementwise_sum", "elementwise_prod")) if node.op in ops), ())
+            if kin and (node.op in self.ACTIVATIONS or rng.random() < 0.5):
+                node = node._replace(op=another(kin, node.op, rng))
+            else:
+                unread = [source for source in self.sources(node.op, arch, previous) if source not in node.inputs]
+                if not unread:
+                    continue
+                node = node._replace(inputs=replaced(node.inputs, rng.randrange(len(node.inputs)), rng.choice(unread)))
+            child = replaced(arch, place, node)
+            if self.acyclic(child) and valid(child):
+                return child
+
+    def graph(self, arch: tuple[Node, ...], whole: bool = False) -> Graph:
+        """The nodes that reach the output over time (`whole`: all) as vertices. The operands of a blend, which are not
+        alike, pass vertices of their own; a vertex "state" ties a new hidden state to the previous one."""
+        used = self.reached(arch, ["h_new_0"], through_time=True)
+        nodes = [node for node in self.in_order(arch) if whole or node.name in used]
+        states = sorted(node.name[-1] for node in nodes if node.name.startswith("h_new"))
+        if not whole:
+            states = [i for i in states if i == "0" or f"h_prev_{i}" in used]
+        graph = [Vertex("input 0"), *(Vertex("input 1" if i == "0" else "input 2") for i in states)]  # x, h_prev_0, the others
+        place = {"x": 0, **{f"h_prev_{i}": 1 + number for number, i in enumerate(states)}}
+        for name, op, inputs in nodes:
+            sources = [place[source] for source in inputs]
+            if op == "blend":
+                graph += [Vertex(f"blend {i}", (source,)) for i, source in enumerate(sources)]
+                sources = list(range(len(graph) - 3, len(graph)))
+            place[name] = len(graph)
+            graph.append(Vertex(op, tuple(sources)))
+        first = len(graph)
+        graph += [Vertex("state", (place[f"h_prev_{i}"], place[f"h_new_{i}"])) for i in states]
+        return *graph, Vertex("output", tuple(range(first, len(graph))))
+
+    def key(self, arch: tuple[Node, ...]) -> str:
+        return spell(canonical(self.graph(arch)))
+
+    def read(self, text: str) -> tuple[Node, ...]:
+        """From a recipe, or a whole run log that has one."""
+        recipe = json.loads(text)
+        if "recepie" in recipe:  # the benchmark's own spelling
+            recipe = json.loads(recipe["recepie"])
+        arch = tuple(Node(name, node["op"], tuple(node["input"])) for name, node in recipe.items())
+        names = {node.name for node in arch}
+        require(not any(name == "x" or name.startswith("h_prev") for name in names))
+        new = sorted(name for name in names if name.startswith("h_new"))
+        require(1 <= len(new) <= 3 and new == [f"h_new_{i}" for i in range(len(new))])
+        known = names | {"x"} | {name.replace("new", "prev") for name in new}
+        require(all(len(inputs) in self.ARITY[op] and set(inputs) <= known and len(set(inputs)) == len(inputs) for _, op, inputs in arch))
+        self.in_order(arch)
+        return arch
+
+    def format(self, arch: tuple[Node, ...]) -> str:
+        return json.dumps({name: {"op": op, "input": list(inputs)} for name, op, inputs in arch})
+
+    def build(self, arch: tuple[Node, ...]) -> nn.Module:
+        return RecurrentNetwork(canonical(self.graph(arch)), self.widths)
+
+    def benchmark(self, arch: tuple[Node, ...]) -> nn.Module:
+        """With the word embedding, whose weights the decoder shares."""
+        encoder, decoder = nn.Embedding(self.WORDS, 400), nn.Linear(400, self.WORDS)
+        decoder.weight = encoder.weight
+        return nn.ModuleList([encoder, RecurrentNetwork(self.graph(arch, whole=True), (400, 600, 600, 400)), decoder])
+
+    def flops(self, arch: tuple[Node, ...]) -> int:
+        raise ValueError("nbnlp has no flops limit: the work of a recurrent network depends on the length of its sequence")
+
+
+class RecurrentNetwork(nn.Module):
+    """Layers with locked dropout, one mask over time, after each: .25 between layers, .1 at the end."""
+
+    def __init__(self, graph: Graph, widths: tuple[int, ...]):
+        super().__init__()
+        self.width = widths[0]
+        self.layers = nn.ModuleList(RecurrentLayer(graph, c_in, hidden) for c_in, hidden in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, widths[0]) -> (B, T, widths[-1])
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            drop = 0.1 if i == len(self.layers) - 1 else 0.25
+            x = x * F.dropout(torch.ones_like(x[:, :1]), drop, self.training)
+        return x
+
+
+class RecurrentLayer(nn.Module):
+    """A recipe's graph run over a sequence, hidden states from zero. Weight drop .1 on all matrices but those of x."""
+    OPS: dict[str, Callable[..., Tensor]] = {
+        "activation_tanh": torch.tanh, "activation_sigm": torch.sigmoid, "activation_leaky_relu": F.leaky_relu,
+        "elementwise_sum": torch.add, "elementwise_prod": torch.mul,
+        "blend 0": lambda a: a, "blend 1": lambda a: a, "blend 2": lambda a: a,
+    }
+
+    def __init__(self, graph: Graph, c_in: int, hidden: int):
+        super().__init__()
+        self.graph, self.hidden = graph, hidden
+        bound = 1 / math.sqrt(hidden)
+        self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        for i, (op, inputs) in enumerate(graph):
+            if op == "linear":
+                for j in inputs:
+                    self.weights[f"{i} {j}"] = nn.Parameter(torch.empty(hidden, hidden if j else c_in).uniform_(-bound, bound))
+                self.biases[str(i)] = nn.Parameter(torch.empty(hidden).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, c_in) -> (B, T, hidden)
+        weights = {name: F.dropout(w, 0.1, self.training) for name, w in self.weights.items() if not name.endswith(" 0")}
+        fixed = {}  # what linear vertices get from x and their bias, (B, T, hidden), for all steps at once
+        for i, (op, inputs) in enumerate(self.graph):
+            if op == "linear":
+                bias = self.biases[str(i)]
+                fixed[i] = F.linear(x, self.weights[f"{i} 0"], bias) if 0 in inputs else bias.expand(*x.shape[:2], self.hidden)
+        states = sorted(vertex.inputs for vertex in self.graph if vertex.op == "state")  # (previous, new), as the inputs stand
+        hidden = [x.new_zeros(len(x), self.hidden) for _ in states]
+        outputs = []
+        for t in range(x.shape[1]):
+            values: list[Any] = [None, *hidden]
+            for i, (op, inputs) in list(enumerate(self.graph))[1 + len(hidden):-1]:
+                if op == "state":
+                    values.append(None)
+                elif op == "linear":
+                    values.append(sum((F.linear(values[j], weights[f"{i} {j}"]) for j in inputs if j), start=fixed[i][:, t]))
+                elif op == "blend":
+                    a, b, c = (values[j] for j in sorted(inputs, key=lambda j: self.graph[j].op))
+                    values.append(a * b + (1 - a) * c)
+                else:
+                    values.append(self.OPS[op](*(values[j] for j in inputs)))
+            hidden = [values[new] for _, new in states]
+            outputs.append(hidden[0])
+        return torch.stack(outputs, 1)
+
+
+# ------------------------------------------------------------------------------------------------- names and labels
+SPACES: dict[str, Callable[[], SearchSpace]] = {
+    "nb101": NB101, "nb201": NB201, "nbmacro": NBMacro, "nbnlp": NBNLP,
+    **{cells + "-fix" * fixed + "-in" * imagenet: partial(Cells, cells, fixed, imagenet)
+       for cells, fixed, imagenet in product(CELL_SPACES, (False, True), (False, True)) if not fixed or cells in ("darts", "enas", "pnas")},
+    **{kind + "-in" * imagenet: partial(Residual, kind, imagenet) for kind, imagenet in product(RESIDUAL_SPACES, (False, True))},
+}
 
 
 def get(name: str) -> Any:
@@ -246,24 +1161,42 @@ def get(name: str) -> Any:
 def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
     """The recorded values of architectures, [(arch, value)], higher = better, in file order.
 
-    The file is a JSON list of [arch, value], an arch in any spelling that `space.parse` reads, as text or as JSON.
-    ValueError for a file that is not such a list or holds another space's architectures, OSError if there is none.
+    From a JSON list of [arch, value], an arch in any spelling that `space.parse` reads, as text or as JSON; from an NDS
+    file, a list of records or {"top": records, "mid": records}, value = 100 - last test error; or from a folder of
+    NAS-Bench-NLP run logs, in the order of their names, value = - lowest validation loss; failed runs are left out, and
+    said to be. ValueError for anything else or another space's architectures, OSError for a file that is not there.
     """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"labels {path}: not JSON ({error}); right is a list of [architecture, value]") from None
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"labels {path}: right is a list of [architecture, value] with at least one entry")
-    labels = []
-    for number, record in enumerate(records):
-        match record:
-            case [arch, int() | float() as value] if math.isfinite(value) and not isinstance(value, bool):
-                pass
-            case _:
-                raise ValueError(f"labels {path}, entry {number}: right is [architecture, number], not {json.dumps(record)[:80]}")
+    path, failed, labels = Path(path), 0, []
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         try:
-            labels.append((space.parse(arch if isinstance(arch, str) else json.dumps(arch)), float(value)))
-        except ValueError as error:
-            raise ValueError(f"labels {path}, entry {number}: {error}") from None
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"labels {file}: not JSON ({error})") from None
+        match content:
+            case {"recepie": _}:
+                content = [content]
+            case {"top": [*top], "mid": [*mid]}:
+                content = top + mid
+        for number, record in enumerate(content if isinstance(content, list) else [content]):
+            match record:
+                case [arch, value] if is_finite(value):
+                    pass
+                case {"net": arch, "test_ep_top1": [*_, error]} if is_finite(error):
+                    value = 100 - error
+                case {"recepie": arch, "status": status, "val_losses": [*losses]}:
+                    if status != "OK" or not any(map(is_finite, losses)):
+                        failed += 1
+                        continue
+                    value = -min(filter(is_finite, losses))
+                case _:
+                    raise ValueError(f"labels {file}, entry {number}: right is [architecture, number], an NDS record or a NAS-Bench-NLP run log, "
+                                     f"not {json.dumps(record)[:80]}")
+            try:
+                labels.append((space.parse(arch if isinstance(arch, str) else json.dumps(arch)), float(value)))
+            except ValueError as error:
+                raise ValueError(f"labels {file}, entry {number}: {error}") from None
+    if failed:
+        print(f"labels {path}: {failed} of {failed + len(labels)} runs failed and are left out", file=sys.stderr)
+    if not labels:
+        raise ValueError(f"labels {path}: no entry that counts; right is a JSON list of [architecture, value], an NDS file, or a folder of run logs")
     return labels

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 
 import gennas
 import search_spaces
-from gennas import Regression, Scorer, Settings, Task, regularized_evolution
-from search_spaces import NB201
+from gennas import Regression, RnnTask, Scorer, Settings, Task, regularized_evolution
+from search_spaces import NB101, NB201, NBNLP, CellNet, Cells, Genotype, NB101Cell, NBMacro, Node, Residual, Vertex
 
+torch.set_num_threads(1)
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"  # recorded accuracies and images; the tests that want them skip without
 RICH = "|nor_conv_3x3~0|+|nor_conv_1x1~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_1x1~2|"
@@ -52,6 +53,10 @@ def rng_of(seed: int) -> torch.Generator:
 
 def task(*stages: list[dict], noise: float = 0.1, channels: int = 5) -> Task:
     return Task({"kind": "uniform", "level": noise}, [{"channels": channels, "signals": signals} for signals in stages])
+
+
+def targets(any_task, seed: int) -> list[torch.Tensor]:
+    return [part.total(images(), seed) for part in any_task.parts(16, 8)]
 
 
 def small_task() -> Task:
@@ -165,19 +170,19 @@ def test_resize():
 def test_targets_are_sums_of_signals():
     one = {"basis": "sin1d", "level": 0.5, "frequencies": FREQUENCIES, "per_sample": True}
     shared = {"basis": "dot", "level": 2.0, "density": 0.5, "per_sample": False}
-    both, first, none = task([one, shared], [one], []).targets(images(), seed=4)
+    both, first, none = targets(task([one, shared], [one], []), 4)
     assert both.shape == (16, 5, 8, 8) and not none.any()
-    rest = both - task([one], [], []).targets(images(), seed=4)[0]
+    rest = both - targets(task([one], [], []), 4)[0]
     torch.testing.assert_close(rest, rest[:1].expand_as(rest))
     assert set(rest.abs().round(decimals=4).unique().tolist()) == {0, 2}
     assert not torch.equal(first[0], first[1]) and first.abs().max() <= 0.5
-    assert not torch.equal(both, task([one, shared], [], []).targets(images(), seed=5)[0])
+    assert not torch.equal(both, targets(task([one, shared], [], []), 5)[0])
 
 
 def test_published_tasks():
     for name, published in gennas.TASKS.items():
         assert Task.from_json(published.to_json()) == published, name
-        assert [t.shape[1] for t in published.targets(images(), 0)] == [s["channels"] for s in published.stages]
+        assert all(t.isfinite().all() and t.std() > 0 for t in targets(published, 0)), name
     if SHARED.exists():
         authors = json.loads((SHARED / "published_tasks.json").read_text())
         for name, published in gennas.TASKS.items():
@@ -347,7 +352,7 @@ def test_nb201_random_is_uniform():
 @pytest.mark.parametrize("text", ["", "|", "nor_conv_3x3", RICH[:-1], RICH + "|", RICH.replace("~2", "~1"), RICH.replace("1x1", "5x5"),
                                   "[[1],[2,3],[1,2,5]]", "[[1],[2,3],[1,2]]", "[[1],[2,3],[1,2,-1]]", "[[1],[2,3],[1,2,true]]", "12"])
 def test_nb201_refuses(text):
-    with pytest.raises(ValueError, match="not a NAS-Bench-201 cell"):
+    with pytest.raises(ValueError, match="not a network of nb201"):
         NB201().parse(text)
 
 
@@ -375,7 +380,7 @@ def test_nb201_network_against_its_definition():
     norm = lambda x: (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
     while checked < 25:
         arch = space.random(rng)
-        if arch.count("nor_conv_1x1") > 1 or arch.count("nor_conv_3x3") > 1:
+        if arch.count("nor_conv_1x1") > 1 or arch.count("nor_conv_3x3") > 1 or not space.live_graph(arch)[-1].inputs:
             continue
         checked += 1
         network = space.build(arch).train()
@@ -384,14 +389,14 @@ def test_nb201_network_against_its_definition():
         assert [tuple(t.shape) for t in taps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)]
         for stage, tap in zip(network.stages, taps):
             entry, cell = stage
-            if isinstance(entry, nn.Sequential):
+            if tap is taps[0]:
                 x = norm(F.conv2d(x, entry[0].weight, padding=1))
             else:
-                first, second = entry.body
+                (first, second), shortcut = entry.branches
                 deep = norm(F.conv2d(F.relu(x), first[1].weight, stride=2, padding=1))
                 deep = norm(F.conv2d(F.relu(deep), second[1].weight, padding=1))
-                x = deep + F.conv2d(F.avg_pool2d(x, 2), entry.shortcut[1].weight)
-            weights = {v.op: op[1].weight for v, op in zip(cell.graph[1:-1], cell.ops) if "conv" in v.op}
+                x = deep + F.conv2d(F.avg_pool2d(x, 2), shortcut[1].weight)
+            weights = {v.op: op[1].weight for v, op in zip(cell.graph[1:], cell.ops) if "conv" in v.op}
             nodes = [x, 0 * x, 0 * x, 0 * x]
             for (i, j), op in zip(space.EDGES, arch):
                 if op == "skip_connect":
@@ -408,7 +413,7 @@ def test_nb201_network_against_its_definition():
 def test_nothing_dead_is_built():
     arch = NB201().parse("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|nor_conv_3x3~0|none~1|none~2|")
     cell = NB201(width=4, cells=1).build(arch).stages[0][1]
-    assert len(cell.ops) == 1
+    assert [type(op) for op in cell.ops] == [nn.Sequential, nn.Identity]  # one convolution, and the output's sum
     taps = NB201(width=4, cells=1).build(NB201().parse(DEAD))(torch.randn(2, 3, 32, 32))
     assert [tuple(t.shape) for t in taps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)] and not any(t.any() for t in taps)
 
@@ -418,21 +423,344 @@ def test_canonical_graph_is_independent_of_the_order():
     rng = random.Random(5)
     for _ in range(200):
         size = rng.randint(3, 9)
-        graph = [search_spaces.Vertex("input", ())]
+        graph = [Vertex("input", ())]
         for i in range(1, size):
-            graph.append(search_spaces.Vertex(rng.choice("ab"), tuple(rng.choices(range(i), k=rng.randint(1, 2)))))
-        graph.append(search_spaces.Vertex("output", tuple(rng.choices(range(size), k=2))))
+            graph.append(Vertex(rng.choice("ab"), tuple(rng.choices(range(i), k=rng.randint(1, 2)))))
+        graph.append(Vertex("output", tuple(rng.choices(range(size), k=2))))
         depth_order = [0, *rng.sample(range(1, size), size - 1), size]
         while any(depth_order.index(j) > depth_order.index(i) for i in range(size + 1) for j in graph[i].inputs):
             depth_order = [0, *rng.sample(range(1, size), size - 1), size]
             if rng.random() < 0.01:
                 depth_order = list(range(size + 1))
-        shuffled = tuple(search_spaces.Vertex(graph[i].op, tuple(rng.sample([depth_order.index(j) for j in graph[i].inputs],
+        shuffled = tuple(Vertex(graph[i].op, tuple(rng.sample([depth_order.index(j) for j in graph[i].inputs],
                          len(graph[i].inputs)))) for i in depth_order)
         result = search_spaces.canonical(tuple(graph))
         assert result == search_spaces.canonical(shuffled)
         assert all(j < i for i, v in enumerate(result) for j in v.inputs)  # topological
         assert sorted(v.op for v in result) == sorted(v.op for v in graph)
+
+
+# ------------------------------------------------------------------------------------------------- every other space
+TINY = {"nb101": lambda: NB101(width=6, cells=1), "nb201": lambda: NB201(width=4, cells=1), "nbmacro": lambda: NBMacro(width=2),
+        "nbnlp": lambda: NBNLP(widths=(6, 8, 6))}
+
+
+def tiny_arch(space, arch):
+    """The same architecture, small enough to run in a test."""
+    if isinstance(space, Cells):
+        return arch._replace(width=4, depth=4)
+    if isinstance(space, Residual):
+        return arch._replace(ds=tuple(1 for _ in arch.ds), ws=tuple(16 for _ in arch.ws), num_gs=tuple(2 for _ in arch.num_gs))
+    return arch
+
+
+@pytest.mark.parametrize("name", search_spaces.SPACES)
+def test_every_space(name):
+    """Round trip, mutation, equal keys give equal networks, three taps at 32, 16 and 8 (or a sequence), trained and finite."""
+    space, rng = search_spaces.get(name), random.Random(8)
+    assert space.name == name and space.task in gennas.TASKS
+    for _ in range(12):
+        arch = space.random(rng)
+        assert hash(arch) is not None and space.parse(space.format(arch)) == arch
+        child = space.mutate(arch, rng)
+        assert space.key(child) != space.key(arch) and space.parse(space.format(child)) == child
+    small = tiny_arch(space, arch)
+    network = TINY.get(name, lambda: space)().build(small)
+    if isinstance(space, NBNLP):
+        assert network(torch.randn(2, 5, 6)).shape == (2, 5, 6)
+        regression_task, pictures = RnnTask({"kind": "uniform", "level": 0.1}, 7, *[[dict(basis="dot", level=1.0, density=0.5, per_sample=True)]] * 2), None
+    else:
+        sides = [16, 8, 4] if name == "resnet-in" else [32, 16, 8]  # four stages, of which the last three are tapped
+        assert [tap.shape[2:] for tap in network(torch.randn(2, 3, 32, 32))] == [(side, side) for side in sides]
+        regression_task, pictures = small_task(), images()
+    regression = Regression(regression_task, pictures, Settings(steps=2))
+    losses = regression(TINY.get(name, lambda: space)(), small)
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    assert losses == regression(TINY.get(name, lambda: space)(), small)
+
+
+@pytest.mark.parametrize("name", search_spaces.SPACES)
+def test_every_space_refuses(name):
+    space = search_spaces.get(name)
+    for text in ("", "[]", "{}", "null", "[[[0, 1], [0, 0]], 3]", '{"net": 1}', "Genotype()", "x(1)", "3", "[" * 100_000):
+        with pytest.raises(ValueError, match=f"not a network of {name}.*right is"):
+            space.parse(text)
+
+
+def test_nb101_counts():
+    """All cells of 2 to 5 vertices that use all of them: 1, 6, 84 and 2,441 are different (NAS-Bench-101's own count)."""
+    space, counts = NB101(), []
+    for n in range(2, 6):
+        keys = set()
+        pairs = list(itertools.combinations(range(n), 2))
+        for bits in itertools.product((0, 1), repeat=len(pairs)):
+            edges = dict(zip(pairs, bits))
+            matrix = tuple(tuple(edges.get((i, j), 0) for j in range(n)) for i in range(n))
+            bare = space.pruned(NB101Cell(matrix, ("input", *[NB101.OPS[0]] * (n - 2), "output")))
+            if len(bare) == n and space.valid(NB101Cell(matrix, ("input", *[NB101.OPS[0]] * (n - 2), "output"))):
+                keys |= {space.key(NB101Cell(matrix, ("input", *ops, "output"))) for ops in itertools.product(NB101.OPS, repeat=n - 2)}
+        counts.append(len(keys))
+    assert counts == [1, 6, 84, 2441]
+
+
+def test_nb101_relabelling():
+    space, rng = NB101(), random.Random(9)
+    for _ in range(1000):
+        arch = space.random(rng)
+        order = [0]  # another topological order of the vertices
+        while len(order) < 6:
+            ready = [j for j in range(1, 6) if j not in order and all(i in order for i in range(j) if arch.matrix[i][j])]
+            order.append(rng.choice(ready))
+        order.append(6)
+        twin = NB101Cell(tuple(tuple(arch.matrix[i][j] for j in order) for i in order), tuple(arch.ops[i] for i in order))
+        assert space.key(twin) == space.key(arch)
+
+
+def norm(x):
+    """A fresh batch norm in training."""
+    return (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def conv_norm(x, weight, **options):
+    return norm(F.conv2d(x, weight, padding=weight.shape[-1] // 2, **options))
+
+
+def test_nb101_cell_by_hand():
+    """Input to 1 and 3 and the output, 1 to 2 and the output, 2 and 3 to the output: 7 channels divided as 3, 2, 2."""
+    matrix = ((0, 1, 0, 1, 1), (0, 0, 1, 0, 1), (0, 0, 0, 0, 1), (0, 0, 0, 0, 1), (0,) * 5)
+    graph = NB101().pruned(NB101Cell(matrix, ("input", "conv3x3-bn-relu", "maxpool3x3", "conv1x1-bn-relu", "output")))
+    cell = search_spaces.NB101Block(graph, 4, 7).train()
+    x = torch.randn(2, 4, 8, 8, generator=rng_of(0))
+    project = lambda to: F.relu(conv_norm(x, cell.projections[to][0].weight))
+    one = F.relu(conv_norm(project("1"), cell.ops[0][0].weight))
+    two = F.max_pool2d(one[:, :2], 3, 1, 1)
+    three = F.relu(conv_norm(project("3"), cell.ops[2][0].weight))
+    assert (one.shape[1], two.shape[1], three.shape[1]) == (3, 2, 2)
+    torch.testing.assert_close(cell(x), torch.cat([one, two, three], 1) + project("4"), atol=1e-4, rtol=1e-4)
+
+
+def test_cell_by_hand():
+    """A reduction cell of DARTS, every node written out; and its key under what does not matter."""
+    space = Cells("darts")
+    pairs = (("sep_conv_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("none", 0), ("skip_connect", 1), ("dil_conv_5x5", 3),
+             ("avg_pool_3x3", 3), ("none", 4))
+    graph = space.live_graph(pairs, (2, 3, 4, 5), True)
+    cell = search_spaces.TwoInputCell(graph, 6, 5, 4, last_reduced=True, reduction=True, whole=False).train()
+    before, last = torch.randn(2, 6, 16, 16, generator=rng_of(1)), torch.randn(2, 5, 8, 8, generator=rng_of(2))
+    op = {vertex.op: module for vertex, module in zip(graph[2:], cell.ops)}
+
+    def halved(x, module):
+        x = F.relu(x)
+        return norm(torch.cat([F.conv2d(x[:, :, ::2, ::2], module.halves[0].weight), F.conv2d(x[:, :, 1::2, 1::2], module.halves[1].weight)], 1))
+
+    a = halved(before, cell.prepare["0"])
+    b = conv_norm(F.relu(last), cell.prepare["1"][1].weight)
+    first, second = op["sep_conv_3x3"]
+    sep = F.conv2d(F.relu(a), first[1].weight, stride=2, padding=1, groups=4)
+    sep = F.conv2d(F.relu(norm(F.conv2d(sep, first[2].weight))), second[1].weight, padding=1, groups=4)
+    two = norm(F.conv2d(sep, second[2].weight)) + F.max_pool2d(b, 3, 2, 1)
+    three = two
+    dil = F.conv2d(F.relu(three), op["dil_conv_5x5"][1].weight, padding=4, dilation=2, groups=4)
+    four = halved(b, op["skip_connect"]) + norm(F.conv2d(dil, op["dil_conv_5x5"][2].weight))
+    five = F.avg_pool2d(three, 3, 1, 1) / F.avg_pool2d(torch.ones_like(three), 3, 1, 1)
+    actual = cell(before, last, before, 4)
+    parts = actual.split(4, 1)
+    for node in (two, three, four, five):  # the canonical order of nodes is not that of the genotype
+        assert any(torch.allclose(node, part, atol=1e-4) for part in parts)
+
+
+def test_cell_keys():
+    space, rng = Cells("darts"), random.Random(10)
+    for _ in range(30):
+        arch = space.random(rng)
+        key = space.key(arch)
+        normal = list(arch.genotype.normal)
+        for i in range(0, 8, 2):  # the two pairs of a node are unordered
+            if rng.random() < 0.5:
+                normal[i], normal[i + 1] = normal[i + 1], normal[i]
+        normal = [(op, rng.randrange(2 + i // 2)) if op == "none" else (op, source) for i, (op, source) in enumerate(normal)]
+        assert space.key(arch._replace(genotype=space.genotype(tuple(normal), arch.genotype.reduce))) == key
+        if all(source != 2 for op, source in normal[2:4]):  # nodes 2 and 3 change places
+            swap = {2: 3, 3: 2}
+            swapped = [*normal[2:4], *normal[:2], *((op, swap.get(source, source)) for op, source in normal[4:])]
+            assert space.key(arch._replace(genotype=space.genotype(tuple(swapped), arch.genotype.reduce))) == key
+        assert space.key(arch._replace(width=arch.width * 2)) != key != space.key(arch._replace(depth=arch.depth + 1))
+
+
+def test_a_cell_that_reaches_no_tap_is_not_built():
+    """Cells that read only the one before the last: every other cell is dead, the reduction cells here among them."""
+    space = Cells("pnas")
+    pairs = tuple(("sep_conv_3x3", 0) for _ in range(10))
+    alive = CellNet(space.genotype(pairs, pairs), 4, 6)  # reductions at 2 and 4, taps after 1, 3 and 5
+    network = space.build(alive)
+    assert set(network.cells) == {"1", "3", "5"} and all(set(cell.prepare) == {"0"} for cell in network.cells.values())
+    other = CellNet(space.genotype(pairs, (("max_pool_3x3", 0), *pairs[1:])), 4, 6)
+    assert space.key(alive) == space.key(other)
+
+
+def test_genotype_text():
+    """The DARTS authors' own cell, as their code spells it."""
+    text = ("Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 1), "
+            "('skip_connect', 0), ('skip_connect', 0), ('dil_conv_3x3', 2)], normal_concat=range(2, 6), reduce=[('max_pool_3x3', 0), "
+            "('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 1), ('max_pool_3x3', 0), ('skip_connect', 2), ('skip_connect', 2), "
+            "('max_pool_3x3', 1)], reduce_concat=[2, 3, 4, 5])")
+    space = search_spaces.get("darts-fix")
+    arch = space.parse(text)
+    assert eval(space.format(arch), {"Genotype": Genotype}) == arch.genotype and space.parse(space.format(arch)) == arch
+    for bad in (text.replace("range(2, 6)", "[2, 3]"), text.replace("dil_conv_3x3', 2", "dil_conv_3x3', 5"), text.replace("skip", "hop"),
+                text.replace("Genotype", "print"), text.replace("range(2, 6)", "range(print(1))")):
+        with pytest.raises(ValueError, match="darts-fix"):
+            space.parse(bad)
+
+
+def test_residual_block_and_stem_by_hand():
+    space = search_spaces.get("resnext-a")
+    arch = space.parse(json.dumps({"block_type": "res_bottleneck_block", "ds": [1, 1, 2, 1], "ws": [8, 16, 32, 32], "ss": [1, 1, 2, 2],
+                                   "bot_muls": [1, 0.5, 0.25, 1], "num_gs": [1, 2, 1, 4]}))
+    network = space.build(arch).train()
+    x = torch.randn(2, 3, 32, 32, generator=rng_of(3))
+    taps = network(x)
+
+    def block(x, module, stride, groups):
+        (a, b, c), skip = module.branches
+        y = F.relu(conv_norm(x, a[0].weight))
+        y = F.relu(conv_norm(y, b[0].weight, stride=stride, groups=groups))
+        shortcut = x if isinstance(skip, nn.Identity) else conv_norm(x, skip[0].weight, stride=stride)
+        return conv_norm(y, c[0].weight) + shortcut
+
+    first, second, third = network.stages
+    x = block(F.relu(conv_norm(x, first[0][0].weight)), first[1], 1, 2)
+    torch.testing.assert_close(taps[0], x, atol=1e-3, rtol=1e-3)
+    x = block(F.relu(block(F.relu(x), second[1], 2, 1)), second[3], 1, 1)
+    torch.testing.assert_close(taps[1], x, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(taps[2], block(F.relu(x), third[1], 2, 4), atol=1e-3, rtol=1e-3)
+
+
+def test_macro_layer_by_hand():
+    block = NBMacro().layer("2", 3, 3, 1).train()
+    x = torch.randn(2, 3, 8, 8, generator=rng_of(4))
+    grow, deep, shrink = block.branches[0]
+    y = F.relu(conv_norm(x, grow[0].weight))
+    assert y.shape[1] == 18
+    y = F.relu(conv_norm(y, deep[0].weight, groups=18))
+    torch.testing.assert_close(block(x), conv_norm(y, shrink[0].weight) + x, atol=1e-4, rtol=1e-4)
+    assert NBMacro().key("01001020") == NBMacro().key("01010002") != NBMacro().key("01100020")
+
+
+RECIPE = {"h_new_1": {"op": "activation_tanh", "input": ["node_1"]}, "node_1": {"op": "linear", "input": ["x", "h_prev_1"]},
+          "node_2": {"op": "linear", "input": ["h_prev_0", "h_new_1", "x"]}, "node_3": {"op": "activation_sigm", "input": ["node_2"]},
+          "h_new_0": {"op": "blend", "input": ["node_3", "node_4", "h_new_1"]}, "node_4": {"op": "elementwise_prod", "input": ["node_3", "h_new_1"]}}
+
+
+def test_recurrent_layer_by_hand():
+    space = NBNLP()
+    graph = search_spaces.canonical(space.graph(space.parse(json.dumps(RECIPE))))
+    layer = search_spaces.RecurrentLayer(graph, 5, 4).eval()
+    x = torch.randn(3, 6, 5, generator=rng_of(5))
+    short, wide = sorted((i for i, vertex in enumerate(graph) if vertex.op == "linear"), key=lambda i: len(graph[i].inputs))
+    weights = layer.weights
+    source = {int(name.split()[1]): weight for name, weight in weights.items() if name.startswith(f"{wide} ")}
+    h0, h1 = torch.zeros(3, 4), torch.zeros(3, 4)
+    state1 = next(i for i in graph[short].inputs if i)  # the place of h_prev_1
+    for t in range(6):
+        new1 = torch.tanh(x[:, t] @ weights[f"{short} 0"].T + h1 @ weights[f"{short} {state1}"].T + layer.biases[str(short)])
+        place0 = 3 - state1  # of h_prev_0
+        rest = next(j for j in source if j not in (0, place0))
+        node3 = torch.sigmoid(x[:, t] @ source[0].T + h0 @ source[place0].T + new1 @ source[rest].T + layer.biases[str(wide)])
+        h0, h1 = node3 * (node3 * new1) + (1 - node3) * new1, new1
+        torch.testing.assert_close(layer(x)[:, t], h0, atol=1e-5, rtol=1e-5)
+
+
+def test_recipe_keys():
+    space = NBNLP()
+    key_of = lambda recipe: space.key(space.parse(json.dumps(recipe)))
+    key = key_of(RECIPE)
+    assert key_of(dict(reversed(RECIPE.items()))) == key
+    text = json.dumps(RECIPE)
+    assert key_of(json.loads(text.replace("node_1", "node_9").replace("node_3", "node_1"))) == key
+    assert key_of(json.loads(text.replace('"h_prev_0", "h_new_1", "x"', '"x", "h_prev_0", "h_new_1"'))) == key
+    assert key_of(json.loads(text.replace('"node_4", "h_new_1"', '"h_new_1", "node_4"'))) != key  # a blend is ordered
+    two = RECIPE | {"h_new_2": {"op": "activation_sigm", "input": ["node_5"]}, "node_5": {"op": "linear", "input": ["x", "h_prev_2"]},
+                    "node_6": {"op": "elementwise_sum", "input": ["node_4", "h_new_2"]}, "h_new_0": {"op": "blend", "input": ["node_3", "node_6", "h_new_1"]}}
+    swapped = re.sub(r"h_(new|prev)_([12])", lambda m: f"h_{m[1]}_{3 - int(m[2])}", json.dumps(two))
+    assert key_of(two) == key_of(json.loads(swapped)) != key
+    dead = RECIPE | {"h_new_2": {"op": "activation_sigm", "input": ["node_5"]}, "node_5": {"op": "linear", "input": ["x", "h_prev_2"]}}
+    assert key_of(dead) == key and len(space.build(space.parse(json.dumps(dead))).layers[0].weights) == 5
+
+
+def test_params_by_hand():
+    conv = lambda i, o, k=1: i * o * k * k + 2 * o  # with its batch norm
+    macro = conv(3, 32, 3) + conv(32, 64) + sum(conv(c, 3 * c) + 9 * 3 * c + 6 * c + conv(3 * c, c) for c in [64]) \
+        + conv(64, 128) + conv(128, 128 * 6) + 25 * 768 + 2 * 768 + conv(768, 128) + conv(128, 256) + conv(256, 1280) + 1281 * 10
+    assert NBMacro().params("01020000") == macro
+    cell = json.dumps([[[0, 1, 1], [0, 0, 1], [0, 0, 0]], ["input", "conv3x3-bn-relu", "output"]])
+    total = conv(3, 128, 3)
+    for c in (128, 256, 512):
+        total += sum(2 * conv(i, c) + conv(c, c, 3) for i in (128 if c == 128 else c // 2, c, c))
+    assert NB101().params(NB101().parse(cell)) == total + 513 * 10
+    net = {"block_type": "res_basic_block", "ds": [1, 2, 1, 1], "ws": [16, 16, 24, 32], "ss": [1, 1, 2, 2], "bot_muls": [], "num_gs": []}
+    total = conv(3, 16, 3) + 4 * conv(16, 16, 3) + sum(conv(i, o, 3) + conv(o, o, 3) + conv(i, o) for i, o in ((16, 24), (24, 32)))
+    assert search_spaces.get("resnet").params(search_spaces.get("resnet").parse(json.dumps(net))) == total + 33 * 10
+    layers = sum(5 * h * h + 2 * h + (2 * (i - h) * h) for i, h in ((400, 600), (600, 600), (600, 400)))
+    assert NBNLP().params(NBNLP().parse(json.dumps(RECIPE))) == 4_010_000 + layers
+    skips = tuple(("skip_connect", 1) for _ in range(8))
+    sep = lambda c: 2 * (c * 9 + conv(c, c))
+    space = Cells("darts")
+    arch = CellNet(space.genotype((("sep_conv_3x3", 1), *skips[1:]), skips), 8, 4)  # reductions at 1 and 2
+    total = conv(3, 24, 3) + 2 * conv(24, 8) + sep(8)  # stem, cell 0
+    total += conv(24, 16) + conv(32, 16) + 8 * conv(16, 16)  # cell 1
+    total += conv(32, 32) + conv(64, 32) + 8 * conv(32, 32)  # cell 2, after a reduction
+    total += conv(64, 32) + conv(128, 32) + sep(32) + 129 * 10  # cell 3, after a reduction
+    assert space.params(arch) == total
+
+
+RECORDED = {"nb101_params.json": "nb101", "nbmacro_params.json": "nbmacro", "nds/DARTS_in.json": "darts-in", "nds/PNAS_in.json": "pnas-in",
+            "nds/ResNeXt-A_in.json": "resnext-a-in", "nds/ResNet_reruns.json": "resnet", "nbnlp": "nbnlp"}
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the recorded parameter counts")
+@pytest.mark.parametrize("file", RECORDED)
+def test_params_as_recorded(file):
+    """On every 20th record; all are exact."""
+    space, path = search_spaces.get(RECORDED[file]), SHARED / "labels" / file
+    if path.is_dir():
+        logs = [json.loads(log.read_text()) for log in sorted(path.glob("*.json"))[::20]]
+        records = [(log["recepie"], log["num_params"]) for log in logs]
+    else:
+        content = json.loads(path.read_text())
+        content = content["top"] + content["mid"] if isinstance(content, dict) else content
+        records = [(json.dumps(r["net"]), r["params"]) if isinstance(r, dict) else (json.dumps(r[0]), r[1]) for r in content[::20]]
+    assert len(records) > 5
+    for text, recorded in records:
+        assert space.params(space.parse(text)) == recorded, text
+
+
+def test_flops_by_hand():
+    """Torch counts convolutions and the linear layer, a multiply-add as two."""
+    dead = 32 * 32 * 3 * 16 * 9
+    for c, side in ((32, 16), (64, 8)):
+        dead += side * side * (c // 2 * c * 9 + c * c * 9 + c // 2 * c)
+    assert NB201().flops(NB201().parse(DEAD)) == 2 * (dead + 640)
+    assert NB201().flops(NB201().parse("[[3],[0,0],[0,0,0]]")) == 2 * (dead + 640 + 5 * 9 * sum(c * c * s * s for c, s in ((16, 32), (32, 16), (64, 8))))
+
+
+def test_labels_of_every_kind(tmp_path, capsys):
+    net = {"block_type": "res_basic_block", "ds": [1, 1, 1, 1], "ws": [16, 16, 24, 32], "ss": [1, 1, 2, 2], "bot_muls": [], "num_gs": []}
+    record = {"net": net, "params": 1, "test_ep_top1": [50.0, 7.5]}
+    (tmp_path / "nds.json").write_text(json.dumps({"top": [record], "mid": [record | {"test_ep_top1": [9]}]}))
+    assert [value for _, value in search_spaces.load_labels(search_spaces.get("resnet"), tmp_path / "nds.json")] == [92.5, 91]
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    log = {"recepie": json.dumps(RECIPE), "status": "OK", "val_losses": [6.0, math.nan, 5.5, 5.6]}
+    for name, change in {"b": {}, "a": {"val_losses": [7.0]}, "c": {"status": "loss is nan!"}, "d": {"val_losses": []}}.items():
+        (folder / f"{name}.json").write_text(json.dumps(log | change))
+    assert [value for _, value in search_spaces.load_labels(NBNLP(), folder)] == [-7.0, -5.5]
+    assert "2 of 4 runs failed" in capsys.readouterr().err
+    (tmp_path / "list.json").write_text(json.dumps([[RECIPE, 1], [log, 2], [json.dumps(RECIPE), 3]]))
+    assert [value for _, value in search_spaces.load_labels(NBNLP(), tmp_path / "list.json")] == [1, 2, 3]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no entry"):
+        search_spaces.load_labels(NBNLP(), tmp_path / "empty")
 
 
 # ------------------------------------------------------------------------------------------------------- regression
@@ -472,14 +800,14 @@ def test_regression_by_hand(kind):
         leaves += [head.weight, head.bias, torch.ones(2, requires_grad=True), torch.zeros(2, requires_grad=True)]
     velocity = [torch.zeros_like(p) for p in leaves]
     running = [[torch.zeros(2), torch.ones(2)] for _ in heads]
-    targets = hand_task.targets(images(), 7)
+    wanted = targets(hand_task, 7)
     rng = rng_of(gennas.seed_of("noise", "linear", "a", 7))
     expected = []
     for step in range(4):
         noise = torch.empty(16, 3, 32, 32).to(memory_format=torch.channels_last)
         noisy = images() + 0.3 * (noise.uniform_(-1, 1, generator=rng) if kind == "uniform" else noise.normal_(generator=rng))
         loss = 0
-        for i, (target, weight) in enumerate(zip(targets, (0.25, 0.5, 1))):
+        for i, (target, weight) in enumerate(zip(wanted, (0.25, 0.5, 1))):
             tap = torch.einsum("oi,bihw->bohw", w[:, :, 0, 0], noisy) + b[:, None, None]
             tap = tap[:, :, ::4, ::4]
             hw, hb, gamma, beta = leaves[2 + 4 * i: 6 + 4 * i]
@@ -712,6 +1040,32 @@ def test_search(run, tmp_path):
     assert last_json(run(*command, "--seed", 1)[1])["loss"] != result["loss"]
 
 
+def test_search_within_limits(run, tmp_path):
+    command = "--population", 4, "--tournament", 2, "--cycles", 6, "--json", "--out"
+
+    def counts(name: str, *words) -> list[int]:
+        assert run(*command, tmp_path / name, *words)[0] == 0
+        archs = [json.loads(line)["arch"] for line in (tmp_path / name).read_text().splitlines()[1:]]
+        return [getattr(NB201(), name[:name.index(".")])(NB201().parse(arch)) for arch in archs]
+
+    for count, limit in (("params", 300_000), ("flops", 60_000_000)):
+        assert max(counts(f"{count}.limited", f"--max-{count}", limit)) <= limit < max(counts(f"{count}.free"))
+    status, _, stderr = run(*command, tmp_path / "none", "--max-params", 1000)
+    assert status == 2 and "none of 300 draws is within --max-params 1,000; the last has" in stderr.splitlines()[-1]
+
+
+def test_recurrent_command_line(capsys, monkeypatch):
+    monkeypatch.setitem(search_spaces.SPACES, "nbnlp", lambda: NBNLP(widths=(6, 8, 6)))
+    base = ["--space", "nbnlp", "--steps", "2", "--json"]
+    gennas.main([*base, "--population", "3", "--tournament", "2", "--cycles", "3"])
+    result = last_json(capsys.readouterr().out)
+    assert NBNLP().params(NBNLP().parse(result["arch"])) == result["params"] and result["images"] == "none"
+    for words, said in ((["--task", "combo"], "right is one like nlp"), (["--max-flops", "9"], "no flops limit")):
+        with pytest.raises(SystemExit, match="2"):
+            gennas.main([*base, *words])
+        assert said in capsys.readouterr().err
+
+
 def test_score(run, monkeypatch):
     import io
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{RICH}\n\n[[3],[2,4],[1,3,2]]\n"))
@@ -764,13 +1118,13 @@ WRONG = [  # words of the command line, what the message must say
     ([RICH], ["ARCH belongs to --mode score"]),
     (["--limit", "3"], ["limit belongs to --mode correlate"]),
     (["--mode", "score"], ["needs ARCH"]),
-    (["--mode", "score", "abc"], ["abc", "NAS-Bench-201", "nor_conv_3x3"]),
+    (["--mode", "score", "abc"], ["abc", "nb201", "nor_conv_3x3"]),
     (["--mode", "score", RICH, "--plot", "x.png"], ["--plot"]),
     (["--mode", "correlate"], ["needs --labels"]),
     (["--mode", "correlate", "--labels", "absent.json"], ["absent.json", "No such file"]),
     (["--mode", "correlate", "--labels", "text.txt"], ["text.txt", "not JSON"]),
-    (["--mode", "correlate", "--labels", "object.json"], ["object.json", "list"]),
-    (["--mode", "correlate", "--labels", "other.json"], ["other.json, entry 1", "NAS-Bench-201"]),
+    (["--mode", "correlate", "--labels", "object.json"], ["object.json", "[architecture, number]"]),
+    (["--mode", "correlate", "--labels", "other.json"], ["other.json, entry 1", "nb201"]),
     (["--mode", "correlate", "--labels", "value.json"], ["value.json, entry 0", "number"]),
     (["--mode", "correlate", "--labels", "two.json"], ["at least 3"]),
     (["--task", "guess"], ["guess", "combo"]),
