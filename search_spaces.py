@@ -483,7 +483,6 @@ class NB201(SearchSpace):
         entries = conv_bn(3, width, 3), *(self.reduction(c_in, c_out) for c_in, c_out in pairwise(widths))
         return Stages(*(nn.Sequential(entry, *(NB201Cell(graph, c, ops) for _ in range(cells))) for entry, c in zip(entries, widths)))
 
-
     def reduction(self, c_in: int, c_out: int) -> nn.Module:
         """The residual block between stages: half the side, another width."""
         return Sum(nn.Sequential(relu_conv_bn(c_in, c_out, 3, stride=2), relu_conv_bn(c_out, c_out, 3)),
@@ -898,7 +897,8 @@ class Residual(SearchSpace):
         require(arch.block_type in self.values.blocks and tuple(net["ss"]) == self.strides)
         for field, values in self.choices.items():
             listed = getattr(arch, field)
-            require(len(listed) == (len(self.strides) if values else 0) and (field == "bot_muls" or all(map(is_whole, listed))))
+            require(len(listed) == (len(self.strides) if values else 0))
+            require(all(map(is_finite if field == "bot_muls" else is_whole, listed)))
             require(max(listed, default=0) <= max(values, default=0) if self.values.log_uniform else set(listed[1:]) <= set(values))
         return arch
 
