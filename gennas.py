@@ -903,7 +903,7 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0][:80]}); right is cpu, cuda, cuda:N or mps") from None
     torch.set_num_threads(1)  # small maps gain nothing from more, and sums would depend on their number
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.deterministic = True

@@ -942,7 +942,7 @@ class NBNLP(SearchSpace):
     ACTIVATIONS = "activation_tanh", "activation_sigm", "activation_leaky_relu"
     ARITY = {"linear": (2, 3), "blend": (3,), "elementwise_prod": (2,), "elementwise_sum": (2,), **dict.fromkeys(ACTIVATIONS, (1,))}
     WORDS = 10_000  # of the benchmark's vocabulary
-    spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}} without a cycle, over x and h_prev_i, with h_new_0 and as many h_new as '
+    spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}} without a cycle, over x (of linear only) and h_prev_i, with h_new_0 and as many h_new as '
                 f"h_prev, ops {', '.join(ARITY)}")
 
     def __init__(self, widths: tuple[int, ...] = (400, 600, 600, 400)):
@@ -1060,7 +1060,8 @@ class NBNLP(SearchSpace):
         new = sorted(name for name in names if name.startswith("h_new"))
         require(1 <= len(new) <= 3 and new == [f"h_new_{i}" for i in range(len(new))])
         known = names | {"x"} | {name.replace("new", "prev") for name in new}
-        require(all(len(inputs) in self.ARITY[op] and set(inputs) <= known and len(set(inputs)) == len(inputs) for _, op, inputs in arch))
+        for _, op, inputs in arch:
+            require(len(inputs) == len(set(inputs)) in self.ARITY[op] and set(inputs) <= known and (op == "linear" or "x" not in inputs))
         self.in_order(arch)
         return arch
 

@@ -688,6 +688,14 @@ def test_recipe_keys():
     assert key_of(dead) == key and len(space.build(space.parse(json.dumps(dead))).layers[0].weights) == 5
 
 
+@pytest.mark.parametrize("change", [{"h_new_3": RECIPE["h_new_1"]}, {"node_1": {"op": "linear", "input": ["x", "x"]}}, {"x": RECIPE["node_1"]},
+                                    {"node_3": {"op": "activation_sigm", "input": ["x"]}}, {"node_2": {"op": "linear", "input": ["h_prev_0", "node_3"]}},
+                                    {"node_4": {"op": "elementwise_prod", "input": ["node_3", "h_prev_2"]}}, {"node_3": {"op": "relu", "input": ["node_2"]}}])
+def test_recipes_refused(change):
+    with pytest.raises(ValueError, match="not a network of nbnlp"):
+        NBNLP().parse(json.dumps(RECIPE | change))
+
+
 def test_params_by_hand():
     conv = lambda i, o, k=1: i * o * k * k + 2 * o  # with its batch norm
     macro = conv(3, 32, 3) + conv(32, 64) + sum(conv(c, 3 * c) + 9 * 3 * c + 6 * c + conv(3 * c, c) for c in [64]) \
