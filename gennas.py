@@ -152,13 +152,14 @@ def check(part: Any, names: tuple[str, ...], where: str) -> None:
 
 
 class JsonTask:
-    """What the tasks of CNNs and of recurrent networks share: to and from JSON, and signals."""
+    """What the tasks of CNNs and of recurrent networks share: to and from JSON, and the drawing of signals."""
 
     @classmethod
     def from_json(cls, text: str) -> Any:
+        """A Task or a RnnTask, as the text has it. ValueError names a field that is absent, unknown or out of its range."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"task: not JSON ({error})") from None
         kind = RnnTask if isinstance(data, dict) and "dimension" in data else Task
         check(data, tuple(field.name for field in fields(kind)), "task")
@@ -166,6 +167,11 @@ class JsonTask:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    def draw(self, images: Tensor | None, seed: int, batch: int = 16, size: int = 8) -> list[Tensor]:
+        """The tensors (batch, C, H, W) of all parts, from (task, images, seed) alone: the three targets of a CNN, or the
+        input and the target of a recurrent network."""
+        return [part.total(images, seed) for part in self.parts(batch, size)]
 
     def check(self) -> None:
         check(vars(self), tuple(vars(self)), "task")
@@ -227,7 +233,8 @@ class Part(NamedTuple):
     shape: Shape
 
     def maps(self, j: int, images: Tensor | None, seed: int) -> Tensor:
-        """The maps (B, C, H, W) of signal j, drawn from a generator of its own; (1, C, H, W) if all images share them."""
+        """The maps (B, C, H, W) of signal j before its level, drawn from a generator of its own; (1, C, H, W) if all images
+        share them."""
         basis, names = BASES[self.signals[j]["basis"]]
         values, shape = {name: self.signals[j][name] for name in names}, self.shape
         if "per_sample" not in values:
@@ -467,10 +474,9 @@ class Regression:
     def __init__(self, task: Task | RnnTask, images: Tensor | None, settings: Settings = PRESETS["paper"], seed: int = 0,
                  device: str | torch.device = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
-        totals = [part.total(images, seed) for part in task.parts(settings.batch, settings.size)]
-        if isinstance(task, RnnTask):
-            images, *totals = (total[:, 0] for total in totals)
-        self.inputs, *self.targets = map(self.place, (images, *totals))
+        signals = task.draw(images, seed, settings.batch, settings.size)
+        tensors = [x[:, 0] for x in signals] if isinstance(task, RnnTask) else [images, *signals]
+        self.inputs, *self.targets = map(self.place, tensors)
         self.wrap, self.optimizer = self.KINDS[type(task)]
 
     def place(self, x: Tensor) -> Tensor:
