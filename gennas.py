@@ -727,7 +727,7 @@ def plot_signals(parts: list[Part], images: Tensor | None, seed: int, path: str,
     for (label, maps), line in zip(rows, axes):
         for column, ax in enumerate(line):
             sample, channel = divmod(column, min(count, maps.shape[1]))
-            ax.imshow(maps[sample, channel].numpy(), cmap="RdBu", vmin=-maps.abs().max(), vmax=maps.abs().max())
+            ax.imshow(maps[sample, channel].numpy(), cmap="RdBu", aspect="auto", vmin=-maps.abs().max(), vmax=maps.abs().max())
             ax.set(xticks=[], yticks=[])
             if ax in axes[0]:
                 ax.set_title(f"sample {sample + 1}\nchannel {channel + 1}", fontsize=8)
@@ -738,7 +738,8 @@ def plot_signals(parts: list[Part], images: Tensor | None, seed: int, path: str,
 def plot_correlation(losses: list[float], values: list[float], title: str, path: str) -> None:
     figure, ((ax,),) = new_figure(1, 1, figsize=(5, 4))
     ax.scatter(losses, values, s=12)
-    ax.set(xlabel="regression loss", ylabel="recorded value", title=title)
+    ax.set(xlabel="regression loss", ylabel="recorded value")
+    ax.set_title(title, fontsize=9)
     figure.savefig(path, dpi=100)
 
 
