@@ -683,8 +683,8 @@ class Cells(SearchSpace):
 
     def key(self, arch: CellNet) -> str:
         graphs = self.graphs(arch, self.live_graph)
-        reductions = {arch.depth // 3, 2 * arch.depth // 3}  # where these reach no tap, their cell does not matter
-        used = graphs if reductions & needed_cells(graphs, arch.depth) else graphs[:1]
+        reduced = needed_cells(graphs, arch.depth).intersection(reduction_cells(arch.depth))
+        used = graphs if reduced else graphs[:1]  # where no reduction cell reaches a tap, it does not matter what it is
         return "|".join([*map(spell, used), str(arch.width), str(arch.depth)])
 
     def read(self, text: str) -> CellNet:
@@ -728,13 +728,22 @@ def inputs_read(graph: Graph) -> set[int]:
     return {j for vertex in graph for j in vertex.inputs if j < 2}
 
 
+def reduction_cells(depth: int) -> tuple[int, int]:
+    return depth // 3, 2 * depth // 3
+
+
+def tapped_cells(depth: int) -> tuple[int, int, int]:
+    """The cells whose outputs are the taps: the last before each reduction cell, and the last of all."""
+    first, second = reduction_cells(depth)
+    return first - 1, second - 1, depth - 1
+
+
 def needed_cells(graphs: list[Graph], depth: int) -> set[int]:
     """The cells whose output reaches a tap; below 0, the stem's two outputs."""
-    reductions = depth // 3, 2 * depth // 3
-    needed = {reductions[0] - 1, reductions[1] - 1, depth - 1}
+    needed = set(tapped_cells(depth))
     for i in reversed(range(depth)):
         if i in needed:
-            needed |= {i - 2 + j for j in inputs_read(graphs[i in reductions])}
+            needed |= {i - 2 + j for j in inputs_read(graphs[i in reduction_cells(depth)])}
     return needed
 
 
@@ -755,15 +764,14 @@ class CellNetwork(nn.Module):
                 relu_conv_bn(width, width, 3, stride)])
         else:
             self.stem = nn.ModuleList([conv_bn(3, 3 * width, 3), nn.Identity()])
-        reductions = depth // 3, 2 * depth // 3
-        self.taps = reductions[0] - 1, reductions[1] - 1, depth - 1  # the cells whose outputs they are
+        self.taps = tapped_cells(depth)
         needed = range(-2, depth) if whole else needed_cells(graphs, depth)
         self.stem_outputs = [i for i in (-2, -1) if i in needed]
         self.cells = nn.ModuleDict()
         c_before = c_last = width if imagenet else 3 * width
         last_reduced = imagenet and whole
         for i in range(depth):
-            reduction = i in reductions
+            reduction = i in reduction_cells(depth)
             width *= 1 + reduction
             graph = graphs[reduction]
             if i in needed:
@@ -988,6 +996,10 @@ class NBNLP(SearchSpace):
                     todo.append(name.replace("prev", "new"))
         return found
 
+    def previous(self, arch: tuple[Node, ...]) -> list[str]:
+        """The previous hidden states, one for each new one."""
+        return [node.name.replace("new", "prev") for node in arch if node.name.startswith("h_new")]
+
     def acyclic(self, arch: tuple[Node, ...]) -> bool:
         try:
             return bool(self.in_order(arch))
@@ -997,7 +1009,7 @@ class NBNLP(SearchSpace):
     def valid(self, arch: tuple[Node, ...]) -> bool:
         """As the benchmark's generator has it: everything used, no new hidden state that reads a previous one."""
         new = [node.name for node in arch if node.name.startswith("h_new")]
-        needed = {"x", *(name.replace("new", "prev") for name in new), *(node.name for node in arch)}
+        needed = {"x", *self.previous(arch), *(node.name for node in arch)}
         return needed <= self.reached(arch, new) and not any(
             source.startswith("h_prev") for node in arch if node.name in new for source in node.inputs)
 
@@ -1008,7 +1020,7 @@ class NBNLP(SearchSpace):
 
     def neighbour(self, arch: tuple[Node, ...], rng: random.Random) -> tuple[Node, ...]:
         """Another activation, a sum for a product or the reverse, or another input in one place."""
-        previous = [node.name.replace("new", "prev") for node in arch if node.name.startswith("h_new")]
+        previous = self.previous(arch)
         valid = self.valid if self.valid(arch) else lambda child: True  # of a foreign recipe no more is asked than it has
         while True:
             place = rng.randrange(len(arch))
@@ -1059,7 +1071,7 @@ class NBNLP(SearchSpace):
         require(not any(name == "x" or name.startswith("h_prev") for name in names))
         new = sorted(name for name in names if name.startswith("h_new"))
         require(1 <= len(new) <= 3 and new == [f"h_new_{i}" for i in range(len(new))])
-        known = names | {"x"} | {name.replace("new", "prev") for name in new}
+        known = {"x", *self.previous(arch), *names}
         for _, op, inputs in arch:
             require(len(inputs) == len(set(inputs)) in self.ARITY[op] and set(inputs) <= known and (op == "linear" or "x" not in inputs))
         self.in_order(arch)

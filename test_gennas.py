@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import gennas
 import search_spaces
 from gennas import Regression, RnnTask, Scorer, Settings, Task, regularized_evolution
-from search_spaces import NB101, NB201, NBNLP, CellNet, Cells, Genotype, NB101Cell, NBMacro, Node, Residual, Vertex
+from search_spaces import NB101, NB201, NBNLP, CellNet, Cells, Genotype, NB101Cell, NBMacro, Residual, Vertex
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
@@ -373,11 +373,19 @@ def test_nb201_params_as_recorded():
         assert round(NB201().params(NB201().parse(text)), -2) == recorded, text
 
 
+def norm(x):
+    """A fresh batch norm in training."""
+    return (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def conv_norm(x, weight, **options):
+    return norm(F.conv2d(x, weight, padding=weight.shape[-1] // 2, **options))
+
+
 def test_nb201_network_against_its_definition():
     """The network's maps equal those of a plain walk over the cell's nodes; weights are matched by operation, so the
     cells have each convolution at most once."""
     space, rng, checked = NB201(width=4, cells=1), random.Random(4), 0
-    norm = lambda x: (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
     while checked < 25:
         arch = space.random(rng)
         if arch.count("nor_conv_1x1") > 1 or arch.count("nor_conv_3x3") > 1 or not space.live_graph(arch)[-1].inputs:
@@ -390,11 +398,10 @@ def test_nb201_network_against_its_definition():
         for stage, tap in zip(network.stages, taps):
             entry, cell = stage
             if tap is taps[0]:
-                x = norm(F.conv2d(x, entry[0].weight, padding=1))
+                x = conv_norm(x, entry[0].weight)
             else:
                 (first, second), shortcut = entry.branches
-                deep = norm(F.conv2d(F.relu(x), first[1].weight, stride=2, padding=1))
-                deep = norm(F.conv2d(F.relu(deep), second[1].weight, padding=1))
+                deep = conv_norm(F.relu(conv_norm(F.relu(x), first[1].weight, stride=2)), second[1].weight)
                 x = deep + F.conv2d(F.avg_pool2d(x, 2), shortcut[1].weight)
             weights = {v.op: op[1].weight for v, op in zip(cell.graph[1:], cell.ops) if "conv" in v.op}
             nodes = [x, 0 * x, 0 * x, 0 * x]
@@ -405,7 +412,7 @@ def test_nb201_network_against_its_definition():
                     ones = F.avg_pool2d(torch.ones_like(x), 3, 1, 1)
                     nodes[j] = nodes[j] + F.avg_pool2d(nodes[i], 3, 1, 1) / ones
                 elif op in weights:
-                    nodes[j] = nodes[j] + norm(F.conv2d(F.relu(nodes[i]), weights[op], padding=weights[op].shape[-1] // 2))
+                    nodes[j] = nodes[j] + conv_norm(F.relu(nodes[i]), weights[op])
             x = nodes[3]
             torch.testing.assert_close(tap, x, atol=1e-4, rtol=1e-4)
 
@@ -514,15 +521,6 @@ def test_nb101_relabelling():
         order.append(6)
         twin = NB101Cell(tuple(tuple(arch.matrix[i][j] for j in order) for i in order), tuple(arch.ops[i] for i in order))
         assert space.key(twin) == space.key(arch)
-
-
-def norm(x):
-    """A fresh batch norm in training."""
-    return (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
-
-
-def conv_norm(x, weight, **options):
-    return norm(F.conv2d(x, weight, padding=weight.shape[-1] // 2, **options))
 
 
 def test_nb101_cell_by_hand():
