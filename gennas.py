@@ -16,19 +16,23 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import pickle
 import random
 import shutil
+import subprocess
 import sys
+import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 import search_spaces
@@ -522,6 +526,10 @@ class Score(NamedTuple):
     loss: float | None  # None: diverged
     seconds: float
 
+    @property
+    def rank_by(self) -> float:
+        return math.inf if self.loss is None else self.loss
+
 
 class Record:
     """The scores that are known, and their file: a line of settings, then a line per network, flushed as it is scored.
@@ -597,10 +605,10 @@ class Progress:
         self.start, self.told = time.monotonic(), -math.inf
         self.best: tuple[float, str] = (math.inf, "none yet")
 
-    def update(self, loss: float, arch: str, known: bool) -> None:
+    def update(self, score: Score, trained: bool) -> None:
         self.done += 1
-        self.best = min(self.best, (loss, arch), key=lambda pair: pair[0])
-        if known and self.replayed == self.done - 1:  # the rate counts from the first network that had to be trained
+        self.best = min(self.best, (score.rank_by, score.arch), key=lambda pair: pair[0])
+        if not trained and self.replayed == self.done - 1:  # the rate counts from the first network that had to be trained
             self.replayed, self.start = self.done, time.monotonic()
         now, terminal = time.monotonic(), sys.stderr.isatty()
         if self.quiet or not (terminal or self.done == self.total or now - self.told >= 10):
@@ -614,30 +622,124 @@ class Progress:
               file=sys.stderr, flush=True)
 
 
+class WorkerDied(Exception):
+    """A process that shares the work of the run has ended before the run."""
+
+
+class Workers:
+    """The processes that share the work of a run. Each runs the same program; this one is number `rank`.
+
+    They meet at a `torch.distributed` store: whoever is free takes the next item of a list, so that none waits for the
+    slowest, and all read all results. With one process the store is its own memory. Under torchrun the processes and the
+    store are torchrun's; `start` makes the same on one machine.
+    """
+
+    def __init__(self, store: Any = None, rank: int = 0):
+        self.store, self.rank, self.children, self.lists = store or distributed.HashStore(), rank, [], 0
+
+    @classmethod
+    def join(cls) -> Workers:
+        """Those that torchrun has started; else a single one."""
+        if not distributed.is_torchelastic_launched():
+            return cls()
+        store, rank, _ = next(distributed.rendezvous("env://"))
+        return cls(store, rank)
+
+    def start(self, count: int, argv: list[str]) -> None:
+        """Run this program with `argv` in count - 1 more processes, by the environment that torchrun would give them."""
+        if count == 1:
+            return
+        self.store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank in range(1, count):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port,
+                           "TORCHELASTIC_RUN_ID": "gennas", "TORCHELASTIC_USE_AGENT_STORE": True}
+            self.children.append(subprocess.Popen([sys.executable, __file__, *argv], stdin=subprocess.DEVNULL, start_new_session=True,
+                                                  env=os.environ | {name: str(value) for name, value in environment.items()}))
+
+    def stop(self) -> None:
+        for child in self.children:
+            child.kill()
+
+    def check(self) -> None:
+        for rank, child in enumerate(self.children, start=1):
+            if child.poll():  # None while it runs, 0 when it is through
+                raise WorkerDied(f"worker {rank} of {len(self.children) + 1} died (exit status {child.returncode})")
+
+    def share(self, name: str, value: Any = None) -> Any:
+        """What rank 0 gives, on all ranks; anything that JSON has."""
+        if self.rank == 0:
+            self.store.set(name, json.dumps(value))
+        return json.loads(self.store.get(name))
+
+    def map(self, work: Callable[[Any], Any], items: list[Any], done: Callable[[Any], None]) -> None:
+        """`work` on every item, in whichever process is free; `done` with every result (what JSON has), in all processes,
+        in the order in which they come and while this process works on. WorkerDied once its results are all in."""
+        self.lists += 1
+        taken, finished, stopped = f"{self.lists} taken", f"{self.lists} finished", threading.Event()
+
+        def collect() -> None:
+            over = False
+            for number in range(1, len(items) + 1):
+                while not self.store.check([f"{finished} {number}"]):
+                    if over:
+                        return
+                    over = stopped.wait(0.01)  # and look once more
+                done(json.loads(self.store.get(f"{finished} {number}")))
+
+        with ThreadPoolExecutor(1) as thread:
+            collecting = thread.submit(collect)
+            try:
+                while not collecting.done() and (number := self.store.add(taken, 1)) <= len(items):
+                    self.check()
+                    result = json.dumps(work(items[number - 1]))
+                    self.store.set(f"{finished} {self.store.add(finished, 1)}", result)
+                while not collecting.done():
+                    self.check()
+                    time.sleep(0.01)
+            finally:
+                stopped.set()
+        collecting.result()  # raises what `done` has raised
+
+
 class Scorer:
     """Losses of architectures of a space, [arch] -> [loss]; infinite for a network that diverged. Each network is
-    trained once: equal keys are one network, and what the record knows is not trained again."""
+    trained once, by one of the workers: equal keys are one network, and what the record knows is not trained again."""
 
-    def __init__(self, space: Any, regression: Regression, record: Record | None = None, progress: Progress | None = None):
-        self.space, self.regression, self.record = space, regression, record or Record()
-        self.progress = progress or Progress(0, quiet=True)
+    def __init__(self, space: Any, regression: Regression, record: Record | None = None, progress: Progress | None = None,
+                 workers: Workers | None = None):
+        self.space, self.regression = space, regression
+        self.record, self.progress, self.workers = record or Record(), progress or Progress(0, quiet=True), workers or Workers()
         self.scores: dict[str, Score] = {}  # of the networks that were asked for, by key
 
-    def __call__(self, archs: list[Any]) -> list[float]:
-        return [self.loss(arch) for arch in archs]
+    def __call__(self, archs: Iterable[Any], tell: Callable[[Score], None] = lambda score: None) -> list[float]:
+        """`tell` gets every network's score as soon as it is known."""
+        keys, unknown = [self.space.key(arch) for arch in archs], {}
 
-    def loss(self, arch: Any) -> float:
-        key, text = self.space.key(arch), self.space.format(arch)
-        known = key in self.record.known
-        if not known:
+        def known(score: Score, trained: bool = False) -> None:
+            self.scores[score.key] = score
+            for _ in range(keys.count(score.key)):
+                self.progress.update(score, trained)
+            tell(score)
+
+        def train(item: tuple[str, Any]) -> Score:
+            key, arch = item
             start = time.perf_counter()
             loss = self.regression(self.space, arch)[-1]
-            seconds = round(time.perf_counter() - start, 3)
-            self.record.add(Score(key, text, loss if math.isfinite(loss) else None, seconds))
-        self.scores[key] = self.record.known[key]
-        loss = math.inf if self.scores[key].loss is None else self.scores[key].loss
-        self.progress.update(loss, text, known)
-        return loss
+            return Score(key, self.space.format(arch), loss if math.isfinite(loss) else None, round(time.perf_counter() - start, 3))
+
+        def trained(result: list[Any]) -> None:
+            self.record.add(Score(*result))
+            known(Score(*result), trained=True)
+
+        for key, arch in zip(keys, archs):
+            if key not in self.record.known:
+                unknown.setdefault(key, arch)
+        for key in dict.fromkeys(keys):
+            if key not in unknown:
+                known(self.record.known[key])
+        if unknown:
+            self.workers.map(train, list(unknown.items()), trained)
+        return [self.scores[key].rank_by for key in keys]
 
 
 # ------------------------------------------------------------------------------------- regularized evolution (aging)
@@ -790,13 +892,18 @@ def search(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, 
 
 
 def score(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
-    results = []
+    space, results = scorer.space, []
+    archs = [arch for arch, _ in labels]
+
+    def tell(_: Score) -> None:
+        """Print what is known, in the order in which it was asked for."""
+        while len(results) < len(archs) and (key := space.key(archs[len(results)])) in scorer.scores:
+            arch, (_, _, loss, seconds) = archs[len(results)], scorer.scores[key]
+            results.append({"arch": space.format(arch), "loss": loss, "params": space.params(arch), "seconds": seconds})
+            print(f"{show_loss(loss):>9} {results[-1]['params']:>12,} {seconds:>8.2f}  {results[-1]['arch']}", flush=True)
+
     print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
-    for arch, _ in labels:
-        loss = scorer.loss(arch)
-        results.append({"arch": scorer.space.format(arch), "loss": finite(loss), "params": scorer.space.params(arch),
-                        "seconds": scorer.scores[scorer.space.key(arch)].seconds})
-        print(f"{show_loss(loss):>9} {results[-1]['params']:>12,} {results[-1]['seconds']:>8.2f}  {results[-1]['arch']}", flush=True)
+    scorer(archs, tell)
     return {"results": results}
 
 
@@ -821,8 +928,8 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def show_loss(loss: float) -> str:
-    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+def show_loss(loss: float | None) -> str:
+    return f"{loss:.4f}" if loss is not None and math.isfinite(loss) else "diverged"
 
 
 def show(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
@@ -873,6 +980,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     option("--labels", metavar="FILE|DIR", help="with --mode correlate: a JSON list of [architecture, value], higher = better, "
            "an NDS file, or a folder of NAS-Bench-NLP logs")
     option("--limit", type=whole(1), metavar="N", help="only the first N labels")
+    option("--workers", type=whole(1), metavar="N", help="processes that train networks; default: one for each GPU, or for each CPU core")
     option("--out", metavar="FILE.jsonl", help="record of every score; the same command resumes from it")
     option("--plot", metavar="FILE.png", help="draw the result (needs matplotlib)")
     option("--json", action="store_true", help="the last line of stdout is one JSON object")
@@ -904,6 +1012,13 @@ def load_task(name: str) -> Task | RnnTask:
         raise ValueError(f"{name}: {error}") from None
 
 
+def devices(device: torch.device) -> int:
+    """How many workers keep a machine busy: one for each GPU, or for each core that this process may use."""
+    if device.type == "cpu":
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return torch.cuda.device_count() if device == torch.device("cuda") else 1
+
+
 def find_device(name: str | None) -> torch.device:
     """The named device, by default a GPU if there is one; set up for speed and for equal results in equal runs."""
     try:
@@ -911,6 +1026,8 @@ def find_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0][:80]}); right is cpu, cuda, cuda:N or mps") from None
+    if device == torch.device("cuda"):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     torch.set_num_threads(1)  # small maps gain nothing from more, and sums would depend on their number
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.deterministic = True
@@ -931,37 +1048,62 @@ def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
     return archs
 
 
+def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tuple[Scorer, list[tuple[Any, Any]]]:
+    """The scorer, and the architectures that the mode is given. ValueError or OSError for wrong input.
+
+    Rank 0 alone reads architectures and known scores, starts the other workers where --workers asks for them, and tells
+    them what it has read.
+    """
+    told = workers.share("input") if workers.rank else None
+    space = search_spaces.get(args.space)
+    if args.plot:
+        check_plot(args.plot)
+    args.task = args.task or space.task
+    task = load_task(args.task)
+    if type(task) is not type(TASKS[space.task]):
+        raise ValueError(f"task {args.task} is not for {args.space}; right is one like {space.task}")
+    if isinstance(task, RnnTask) and args.images != "synthetic":
+        raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
+    if args.max_flops:
+        space.flops(space.random(random.Random(0)))  # says so if this space does not count them
+    labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
+    device = find_device(args.device)
+    settings = PRESETS[args.preset]
+    settings = replace(settings, steps=args.steps or settings.steps)
+    images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
+    made_with = {"space": args.space, "task": asdict(task), "images": args.images, **asdict(settings), "seed": args.seed, "device": device.type}
+    if not told:
+        record = Record(args.out, made_with)
+        total = len(labels) or args.population + args.cycles
+        progress = Progress(total, args.quiet or args.mode == "show")
+        if not args.quiet:
+            print(f"gennas: {args.mode} {args.space}, task {args.task}, {settings.steps} steps, images {args.images}, on {device}", file=sys.stderr)
+        workers.start(min(args.workers or devices(device), total if args.mode != "show" else 1), argv)
+        workers.share("input", {"made with": made_with, "labels": [(space.format(arch), value) for arch, value in labels],
+                                "known": list(record.known.values())})
+    elif told["made with"] == json.loads(json.dumps(made_with)):
+        record, progress = Record(), Progress(0, quiet=True)
+        record.known = {score.key: score for score in (Score(*line) for line in told["known"])}
+    else:
+        raise ValueError(f"worker {workers.rank} has another task, other images or another kind of device than worker 0; right are the same")
+    return Scorer(space, Regression(task, images, settings, args.seed, device), record, progress, workers), labels
+
+
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     parser, args = parse_arguments(argv)
+    workers = Workers.join()
+    if workers.rank:
+        sys.stdout, args.plot = open(os.devnull, "w"), None
+    elif args.workers and distributed.is_torchelastic_launched():
+        parser.error("--workers is for one machine without torchrun; right is torchrun --nproc-per-node N")
     try:
-        space = search_spaces.get(args.space)
-        if args.plot:
-            check_plot(args.plot)
-        task = load_task(args.task or space.task)
-        if type(task) is not type(TASKS[space.task]):
-            raise ValueError(f"task {args.task} is not for {args.space}; right is one like {space.task}")
-        if isinstance(task, RnnTask) and args.images != "synthetic":
-            raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
-        if args.max_flops:
-            space.flops(space.random(random.Random(0)))  # says so if this space does not count them
-        labels = load_archs(args, space)
-        device = find_device(args.device)
-        settings = PRESETS[args.preset]
-        settings = replace(settings, steps=args.steps or settings.steps)
-        images, images_name = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
-        record = Record(args.out, {"space": args.space, "task": asdict(task), "images": images_name, **asdict(settings),
-                                   "seed": args.seed, "device": device.type})
+        scorer, labels = prepare(args, workers, sys.argv[1:] if argv is None else argv)
     except OSError as error:
         parser.error(f"{error.filename or args.out}: {error.strerror or error}")
     except ValueError as error:
         parser.error(str(error))
-    progress = Progress(len(labels) or args.population + args.cycles, args.quiet or args.mode == "show")
-    scorer = Scorer(space, Regression(task, images, settings, args.seed, device), record, progress)
-    task_name = args.task or space.task
-    if not args.quiet:
-        print(f"gennas: {args.mode} {args.space}, task {task_name}, {settings.steps} steps, images {images_name}, on {device}",
-              file=sys.stderr)
+    progress = scorer.progress
     try:
         result = MODES[args.mode](args, scorer, labels)
     except KeyboardInterrupt:
@@ -969,10 +1111,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(130, f"\ngennas: interrupted after {progress.done} architectures; best {show_loss(loss)} {arch}\n")
     except Impossible as error:
         parser.error(str(error))
+    except WorkerDied as error:
+        parser.exit(1, f"gennas: error: {error}; {progress.done} architectures are scored" +
+                    (f" and kept in {args.out}, the same command goes on from there\n" if args.out else "\n"))
     except OSError as error:
         parser.exit(1, f"gennas: error: {error.filename or args.out}: {error.strerror}\n")
+    finally:
+        workers.stop()
     if args.json:
-        print(json.dumps({"mode": args.mode, "space": args.space, "task": task_name, **result, "images": images_name,
+        print(json.dumps({"mode": args.mode, "space": args.space, "task": args.task, **result, "images": args.images,
                           "seconds": round(time.perf_counter() - start, 3)}))
 
 

@@ -79,7 +79,7 @@ def run(capsys, tiny):
     """Runs a command line in this process -> (exit status, stdout, stderr)."""
     def call(*words) -> tuple[int, str, str]:
         try:
-            gennas.main(["--space", "nb201", "--steps", "2", *map(str, words)])
+            gennas.main(["--space", "nb201", "--steps", "2", "--workers", "1", *map(str, words)])
             status = 0
         except SystemExit as stop:
             status = stop.code
@@ -1062,7 +1062,7 @@ def test_search_within_limits(run, tmp_path):
 
 def test_recurrent_command_line(capsys, monkeypatch):
     monkeypatch.setitem(search_spaces.SPACES, "nbnlp", lambda: NBNLP(widths=(6, 8, 6)))
-    base = ["--space", "nbnlp", "--steps", "2", "--json"]
+    base = ["--space", "nbnlp", "--steps", "2", "--workers", "1", "--json"]
     gennas.main([*base, "--population", "3", "--tournament", "2", "--cycles", "3"])
     result = last_json(capsys.readouterr().out)
     assert NBNLP().params(NBNLP().parse(result["arch"])) == result["params"] and result["images"] == "none"
