@@ -343,13 +343,21 @@ def load_images(source: str, seed: int, count: int = 16) -> tuple[Tensor, str]:
         images = images.float() / (1 if images.is_floating_point() else 255)
         if not 0 <= images.min() <= images.max() <= 1:  # false for NaN as well
             raise ValueError("float values outside of [0, 1]")
-        images = F.interpolate(normalise(images, statistics), size=32)
+        images = resized(normalise(images, statistics), 32)
     except OSError:
         raise
     except Exception as error:  # a broken file can raise anything
         raise ValueError(f"images {path}: {type(error).__name__}: {error}; right is a CIFAR-10/100 or ImageNet16 python batch, its "
                          "folder, or a .npy or .npz array (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]") from None
     return images, f"{path.name} (first {count}, sha256 {digest})"
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, side, side): larger by nearest, smaller without aliasing."""
+    if images.shape[2:] == (side, side):
+        return images
+    smaller = side < images.shape[2]
+    return F.interpolate(images, size=side, mode="bilinear" if smaller else "nearest", antialias=smaller)
 
 
 def normalise(images: Tensor, statistics: Any = None) -> Tensor:
@@ -420,18 +428,30 @@ class Settings:
     rnn_weight_decay: float = 1.2e-6  # on all parameters
     stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)
     batch: int = 16  # images or sequences
+    side: int = 32  # of the images
     size: int = 8  # side of the targets, length of the sequences
+    batch_statistics: bool = False  # in eval() too, the network (not its heads) normalises by the batch at hand
+    log_score: bool = False  # the score sums log(1 + loss) over the stages instead of the losses
 
 
-PRESETS = {"paper": Settings(), "fast": Settings(steps=20)}
+# Why fast is as it is: see the README. Running statistics lag behind for 70 steps; without them 48 to 64 steps will do.
+PRESETS = {"paper": Settings(), "fast": Settings(steps=64, batch=8, side=16, batch_statistics=True, log_score=True)}
+# preset -> space -> the settings and the network's sizes that are other ones there
+EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
+    "fast": {"nb201": ({"steps": 48, "side": 32}, {"width": 8, "cells": 2})},
+}
 
 
 class Heads(nn.Module):
     """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to its target's channels."""
 
-    def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor]):
+    def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor], settings: Settings):
         super().__init__()
         self.body, self.size = body.eval(), targets[0].shape[2:]
+        if settings.batch_statistics:
+            for module in body.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean = module.running_var = module.num_batches_tracked = None
         with torch.no_grad():
             widths = [tap.shape[1] for tap in body(images[:1])]
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(w), nn.Conv2d(w, t.shape[1], 1)) for w, t in zip(widths, targets))
@@ -443,7 +463,7 @@ class Heads(nn.Module):
 class EncoderDecoder(nn.Module):
     """A recurrent network between a linear encoder and a linear decoder."""
 
-    def __init__(self, body: nn.Module, sequences: Tensor, targets: list[Tensor]):
+    def __init__(self, body: nn.Module, sequences: Tensor, targets: list[Tensor], settings: Settings):
         super().__init__()
         self.body = body
         self.encoder, self.decoder = nn.Linear(sequences.shape[2], body.width), nn.Linear(body.width, targets[0].shape[2])
@@ -468,19 +488,23 @@ def adam(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
 class Regression:
     """The regression of one task on one batch of images, the same targets for every architecture (paper, 3.1).
 
-    `regression(space, arch)` trains the network and returns its losses at all steps and, last, in eval() mode after
-    them: the score, lower is better. It is a pure function of (space, space.key(arch), task, images, settings, seed)
+    `regression(space, arch)` trains the network and returns its losses at all steps and, last, what eval() mode gives
+    after them: the score, lower is better. It is a pure function of (space, space.key(arch), task, images, settings, seed)
     and the kind of device: weights, noise and dropout are seeded by space, key and seed, and the state of the global
-    generators is put back. `images`: as `load_images` gives them; None for a recurrent task, whose input is a signal.
+    generators is put back. `images`: as `load_images` gives them, the first settings.batch are taken and made settings.side
+    pixels wide; None for a recurrent task, whose input is a signal.
     """
     KINDS: dict[type, tuple[Callable, Callable]] = {Task: (Heads, sgd), RnnTask: (EncoderDecoder, adam)}
 
     def __init__(self, task: Task | RnnTask, images: Tensor | None, settings: Settings = PRESETS["paper"], seed: int = 0,
                  device: str | torch.device = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
+        if images is not None:
+            images = resized(images[:settings.batch], settings.side)
         signals = task.draw(images, seed, settings.batch, settings.size)
         tensors = [x[:, 0] for x in signals] if isinstance(task, RnnTask) else [images, *signals]
         self.inputs, *self.targets = map(self.place, tensors)
+        self.weights = torch.tensor(settings.stage_weights[-len(self.targets):], device=self.device)
         self.wrap, self.optimizer = self.KINDS[type(task)]
 
     def place(self, x: Tensor) -> Tensor:
@@ -489,28 +513,28 @@ class Regression:
     def __call__(self, space: Any, arch: Any) -> list[float]:
         settings = self.settings
         purpose = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
-        weights = settings.stage_weights[-len(self.targets):]
 
-        def loss() -> Tensor:
+        def stage_losses() -> Tensor:
             outputs = network(self.inputs + self.noise())
-            return sum(w * F.mse_loss(o, t) for w, o, t in zip(weights, outputs, self.targets))
+            return torch.stack([F.mse_loss(output, target) for output, target in zip(outputs, self.targets)])
 
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed_of("weights", *purpose))
-            network = self.wrap(space.build(arch), self.inputs.cpu(), self.targets)  # on the CPU: equal weights on all devices
+            network = self.wrap(space.build(arch), self.inputs.cpu(), self.targets, settings)  # on the CPU: equal weights on all devices
             network = network.to(self.device, memory_format=torch.channels_last).train()
             optimizer = self.optimizer(network, settings)
             torch.manual_seed(seed_of("noise", *purpose))
             losses = []  # stay on the device until the end: no step waits for it
             for _ in range(settings.steps):
-                value = loss()
+                loss = self.weights @ stage_losses()
                 optimizer.zero_grad()
-                value.backward()
+                loss.backward()
                 optimizer.step()
-                losses.append(value.detach())
+                losses.append(loss.detach())
             network.eval()
             with torch.no_grad():
-                losses.append(loss())
+                final = stage_losses()
+            losses.append(self.weights @ (final.log1p() if settings.log_score else final))
             return torch.stack(losses).tolist()
 
     def noise(self) -> Tensor:
@@ -974,7 +998,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     option("--population", type=whole(1), default=50, metavar="N", help="members of the queue (default 50)")
     option("--tournament", type=whole(1), default=10, metavar="N", help="members drawn, of which the best is mutated (default 10)")
     option("--cycles", type=whole(0), default=400, metavar="N", help="children after the first population (default 400)")
-    option("--batch", type=whole(1), default=1, metavar="N", help="children made from the same queue (default 1)")
+    option("--batch", type=whole(1), metavar="N", help="children made from the same queue (default 8, with --preset paper 1)")
     option("--max-params", type=whole(1), metavar="N", help="search among networks of at most N parameters")
     option("--max-flops", type=whole(1), metavar="N", help="and at most N floating-point operations an image (a multiply-add is two)")
     option("--labels", metavar="FILE|DIR", help="with --mode correlate: a JSON list of [architecture, value], higher = better, "
@@ -992,6 +1016,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
             parser.error(f"{name.upper() if name == 'arch' else '--' + name.replace('_', '-')} belongs to --mode {mode}, not to --mode {args.mode}")
         if needed and args.mode == mode and not getattr(args, name):
             parser.error(f"--mode {mode} needs {name.upper() + ' [ARCH ...]' if name == 'arch' else '--' + name + ' FILE'}")
+    args.batch = args.batch or (1 if args.preset == "paper" else min(8, args.population))
     for name in ("tournament", "batch"):
         if getattr(args, name) > args.population:
             parser.error(f"--{name} {getattr(args, name)}: right is at most the population, {args.population}")
@@ -1055,7 +1080,8 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     them what it has read.
     """
     told = workers.share("input") if workers.rank else None
-    space = search_spaces.get(args.space)
+    changes, sizes = EXCEPTIONS.get(args.preset, {}).get(args.space, ({}, {}))
+    space = search_spaces.get(args.space, **sizes)
     if args.plot:
         check_plot(args.plot)
     args.task = args.task or space.task
@@ -1068,17 +1094,17 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
         space.flops(space.random(random.Random(0)))  # says so if this space does not count them
     labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
     device = find_device(args.device)
-    settings = PRESETS[args.preset]
-    settings = replace(settings, steps=args.steps or settings.steps)
+    settings = replace(PRESETS[args.preset], **changes | ({"steps": args.steps} if args.steps else {}))
     images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
-    made_with = {"space": args.space, "task": asdict(task), "images": args.images, **asdict(settings), "seed": args.seed, "device": device.type}
+    made_with = {"space": args.space, "task": asdict(task), "images": args.images, **asdict(settings), **sizes, "seed": args.seed, "device": device.type}
     if not told:
         record = Record(args.out, made_with)
         total = len(labels) or args.population + args.cycles
         progress = Progress(total, args.quiet or args.mode == "show")
         if not args.quiet:
             print(f"gennas: {args.mode} {args.space}, task {args.task}, {settings.steps} steps, images {args.images}, on {device}", file=sys.stderr)
-        workers.start(min(args.workers or devices(device), total if args.mode != "show" else 1), argv)
+        if not distributed.is_torchelastic_launched():
+            workers.start(min(args.workers or devices(device), total) if args.mode != "show" else 1, argv)
         workers.share("input", {"made with": made_with, "labels": [(space.format(arch), value) for arch, value in labels],
                                 "known": list(record.known.values())})
     elif told["made with"] == json.loads(json.dumps(made_with)):

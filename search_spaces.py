@@ -1164,11 +1164,11 @@ SPACES: dict[str, Callable[[], SearchSpace]] = {
 }
 
 
-def get(name: str) -> Any:
-    """The search space of a `--space` name; ValueError with the names for another."""
+def get(name: str, **sizes: int) -> Any:
+    """The search space of a `--space` name, its networks of other `sizes` (width, cells) if given; ValueError for an unknown name."""
     if name not in SPACES:
         raise ValueError(f"unknown space {name!r}; right is one of {', '.join(SPACES)}")
-    return SPACES[name]()
+    return SPACES[name](**sizes)
 
 
 def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:

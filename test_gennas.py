@@ -12,8 +12,10 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +73,7 @@ def images(seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def tiny(monkeypatch):
     """The space that the command line calls nb201, with 4 channels and one cell a stage."""
-    monkeypatch.setitem(search_spaces.SPACES, "nb201", lambda: NB201(width=4, cells=1))
+    monkeypatch.setitem(search_spaces.SPACES, "nb201", lambda **sizes: NB201(width=4, cells=1))
 
 
 @pytest.fixture
@@ -957,26 +959,118 @@ def test_bootstrap_interval():
 
 
 # ------------------------------------------------------------------------------------------------ the record, resume
-def test_search_resumes_after_kill(tmp_path):
-    """A run killed in its middle, continued by the same command, ends as the undisturbed one and trains nothing twice."""
-    words = [sys.executable, "gennas.py", "--space", "nb201", "--steps", "1", "--population", "4", "--tournament", "2",
-             "--cycles", "5", "--json", "--out"]
-    undisturbed = subprocess.run([*words, tmp_path / "a.jsonl"], cwd=HERE, capture_output=True, text=True, check=True)
-    out = tmp_path / "b.jsonl"
-    victim = subprocess.Popen([*words, out], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+SEARCH = [sys.executable, "gennas.py", "--space", "nb201", "--steps", "1", "--population", "6", "--tournament", "2", "--cycles", "8", "--batch", "3", "--json"]
+
+
+def run_search(*words) -> dict:
+    process = subprocess.run([*SEARCH, *map(str, words)], cwd=HERE, capture_output=True, text=True, check=True)
+    return timeless(last_json(process.stdout))
+
+
+def timeless(result: dict) -> dict:
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+def recorded(out: Path) -> dict[str, float]:
+    """By key, of a file with one line for each."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    losses = {line["key"]: line["loss"] for line in lines}
+    assert len(losses) == len(lines)
+    return losses
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[dict, dict]:
+    """Result and losses of SEARCH with one worker."""
+    out = tmp_path_factory.mktemp("search") / "scores.jsonl"
+    result = run_search("--workers", 1, "--out", out)
+    losses = recorded(out)
+    assert result["evaluated"] == 14 and len(losses) == result["unique"]
+    return result, losses
+
+
+@pytest.mark.parametrize("victim", ["run", "worker"])
+def test_search_resumes_after_kill(tmp_path, undisturbed, victim):
+    """A run of which a process is killed in its middle, continued by the same command, ends as the undisturbed one."""
+    out = tmp_path / "scores.jsonl"
+    run = subprocess.Popen([*SEARCH, "--workers", "2", "--out", out], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (out.exists() and out.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline:
         time.sleep(0.005)
-    victim.kill()
-    assert victim.wait() == -signal.SIGKILL
-    done = out.read_bytes().count(b"\n") - 1
-    resumed = subprocess.run([*words, out], cwd=HERE, capture_output=True, text=True, check=True)
-    results = [last_json(process.stdout) for process in (undisturbed, resumed)]
-    for result in results:
-        del result["seconds"]
-    assert results[0] == results[1] and results[0]["evaluated"] == 9
-    keys = [json.loads(line)["key"] for line in out.read_text().splitlines()[1:]]
-    assert 3 <= done < len(keys) == len(set(keys)) == results[0]["unique"]
+    if victim == "run":
+        run.kill()
+    else:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        if not children.exists():
+            pytest.skip("finds a process's children in Linux's /proc only")
+        os.kill(int(children.read_text()), signal.SIGKILL)
+    stderr = run.communicate()[1]
+    if victim == "worker":
+        assert run.returncode == 1 and "error: worker 1 of 2 died (exit status -9); " in stderr and "Traceback" not in stderr
+        assert f"{out.read_bytes().count(bytes([10])) - 1} architectures are scored and kept in {out}" in stderr
+    done = recorded(out)
+    assert 3 <= len(done) < len(undisturbed[1])
+    assert run_search("--workers", 2, "--out", out) == undisturbed[0] and recorded(out) == undisturbed[1]
+
+
+def test_results_do_not_depend_on_the_workers(tmp_path, undisturbed):
+    assert run_search("--workers", 3, "--out", tmp_path / "scores.jsonl") == undisturbed[0]
+    assert recorded(tmp_path / "scores.jsonl") == undisturbed[1]
+
+
+def test_two_nodes_under_torchrun(tmp_path, undisturbed):
+    """Two launchers that meet on the loopback address; only the first node keeps the scores."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for node in (0, 1):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1",
+                    "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        nodes.append(subprocess.Popen([*launcher, *SEARCH[1:], "--out", tmp_path / f"{node}.jsonl"], cwd=HERE,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert timeless(last_json(outputs[0][0])) == undisturbed[0] and outputs[1][0] == ""
+    assert recorded(tmp_path / "0.jsonl") == undisturbed[1] and not (tmp_path / "1.jsonl").exists()
+
+
+def test_workers_share_a_list():
+    """Three workers, here threads that meet at one store: each item is worked on once, all see all results."""
+    store, worked = torch.distributed.HashStore(), []
+    seen = {rank: [] for rank in range(3)}
+
+    def work(item: int) -> int:
+        worked.append(item)
+        time.sleep(0.01)
+        return item * item
+
+    def worker(rank: int) -> None:
+        workers = gennas.Workers(store, rank)
+        for items in ([1, 2, 3, 4, 5, 6, 7], [8], [9, 10]):
+            workers.map(work, items, seen[rank].append)
+
+    threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(worked) == list(range(1, 11))
+    assert seen[0] == seen[1] == seen[2] and sorted(seen[0]) == [i * i for i in range(1, 11)]
+
+
+def test_results_that_came_before_an_error_are_kept():
+    def work(item: int) -> int:
+        if item == 3:
+            raise ArithmeticError
+        return item
+
+    kept = []
+    with pytest.raises(ArithmeticError):
+        gennas.Workers().map(work, [1, 2, 3, 4], kept.append)
+    assert kept == [1, 2]
+    with pytest.raises(ZeroDivisionError):  # what `done` raises ends the list
+        gennas.Workers().map(lambda item: item, list(range(1000)), lambda result: 1 / 0)
 
 
 def test_record(run, tmp_path):
@@ -1141,7 +1235,7 @@ WRONG = [  # words of the command line, what the message must say
     (["--images", "text.npz"], ["text.npz", "right is"]),
     (["--images", "text.txt"], ["text.txt", "python batch"]),
     (["--images", "grey.npy"], ["grey.npy", "(20, 32, 32)"]),
-    (["--images", "few.npy"], ["few.npy", "3 images, 16 are needed"]),
+    (["--images", "few.npy"], ["few.npy", "3 images, 8 are needed"]),
     (["--images", "range.npy"], ["range.npy", "[0, 1]"]),
     (["--images", "flat.npy"], ["flat.npy", "same everywhere"]),
     (["--images", "long.npy"], ["long.npy", "int64"]),
