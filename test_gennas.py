@@ -863,6 +863,47 @@ def test_equal_keys_equal_scores():
         assert regression(space, archs[0]) == regression(space, archs[-1])
 
 
+def test_batch_statistics():
+    """The body normalises by the batch at hand in eval() too; the heads keep their running statistics."""
+    space = NB201(width=4, cells=1)
+    reg = Regression(small_task(), images(), Settings(batch_statistics=True))
+    network = gennas.Heads(space.build(space.parse(RICH)), reg.inputs, reg.targets, reg.settings).train()
+    for _ in range(3):
+        outputs, taps = network(reg.inputs), network.body(reg.inputs)
+    network.eval()
+    for tap, other in zip(taps, network.body(reg.inputs)):
+        assert torch.equal(tap, other)
+    assert not any(torch.allclose(x, y, atol=1e-3) for x, y in zip(outputs, network(reg.inputs)))
+    assert not any("body" in name for name, _ in network.named_buffers()) and len(list(network.buffers())) == 3 * 3
+
+
+def test_log_score():
+    """log(1 + loss); the training is the same."""
+    space, settings = NB201(width=4, cells=1), Settings(steps=3, stage_weights=(0.0, 1.0, 0.0))
+    plain, log = (Regression(small_task(), images(), replace(settings, log_score=flag))(space, space.parse(RICH)) for flag in (False, True))
+    assert plain[:-1] == log[:-1] and log[-1] == pytest.approx(math.log(1 + plain[-1]), rel=1e-6)
+
+
+def test_regression_takes_as_many_and_as_small_images_as_the_settings_say():
+    reg = Regression(small_task(), images(), Settings(batch=4, side=16))
+    assert reg.inputs.shape == (4, 3, 16, 16) and reg.targets[0].shape == (4, 5, 8, 8)
+    plain = F.interpolate(images()[:4], size=16, mode="bilinear", antialias=True)
+    assert torch.equal(reg.inputs, plain.to(memory_format=torch.channels_last)) and not torch.equal(plain, images()[:4, :, ::2, ::2])
+    big = gennas.resized(images()[:1, :, :4, :4], 8)
+    assert torch.equal(big, images()[:1, :, :4, :4].repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("space, preset, steps, side, width", [
+    ("nb201", "paper", 100, 32, None), ("nb201", "fast", 44, 32, 4), ("nbmacro", "fast", 72, 16, None), ("resnext-a-in", "fast", 24, 16, None)])
+def test_presets_in_a_space(capsys, tmp_path, space, preset, steps, side, width):
+    """Read from the head of a record; the network is so wide, too."""
+    gennas.main(["--space", space, "--preset", preset, "--mode", "show", "--out", str(tmp_path / "out.jsonl")])
+    settings = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["settings"]
+    assert (settings["steps"], settings["side"], settings.get("width")) == (steps, side, width)
+    if width:
+        assert search_spaces.get(space, width=width).build(NB201().parse(RICH)).stages[0][0][0].out_channels == width
+
+
 def test_no_step_waits_for_the_device():
     space = NB201(width=4, cells=1)
 
