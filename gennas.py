@@ -441,7 +441,7 @@ PRESETS = {"paper": Settings(), "fast": Settings(steps=72, batch=8, side=16, bat
 EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {"fast": {
     "nb201": ({"steps": 44, "side": 32}, {"width": 4, "cells": 3}),
     **dict.fromkeys(search_spaces.CELL_SPACES, ({"steps": 32}, {})),
-    **dict.fromkeys(("resnet", "resnext"), ({"steps": 24}, {})),
+    **dict.fromkeys(("resnet", "resnext", "nbnlp"), ({"steps": 24}, {})),
 }}
 
 
