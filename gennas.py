@@ -27,6 +27,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 
@@ -669,7 +670,7 @@ class Workers:
         """Those that torchrun has started; else a single one."""
         if not distributed.is_torchelastic_launched():
             return cls()
-        store, rank, _ = next(distributed.rendezvous("env://"))
+        store, rank, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
         return cls(store, rank)
 
     def start(self, count: int, argv: list[str]) -> None:

@@ -1045,8 +1045,9 @@ def test_search_resumes_after_kill(tmp_path, undisturbed, victim):
         if not children.exists():
             pytest.skip("finds a process's children in Linux's /proc only")
         os.kill(int(children.read_text()), signal.SIGKILL)
-    stderr = run.communicate()[1]
+    run.wait()
     if victim == "worker":
+        stderr = run.stderr.read()
         assert run.returncode == 1 and "error: worker 1 of 2 died (exit status -9); " in stderr and "Traceback" not in stderr
         assert f"{out.read_bytes().count(bytes([10])) - 1} architectures are scored and kept in {out}" in stderr
     done = recorded(out)
