@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -355,8 +355,6 @@ def load_images(source: str, seed: int, count: int = 16) -> tuple[Tensor, str]:
 
 def resized(images: Tensor, side: int) -> Tensor:
     """(B, 3, H, W) -> (B, 3, side, side): larger by nearest, smaller without aliasing."""
-    if images.shape[2:] == (side, side):
-        return images
     smaller = side < images.shape[2]
     return F.interpolate(images, size=side, mode="bilinear" if smaller else "nearest", antialias=smaller)
 
@@ -449,13 +447,9 @@ EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {"fast
 class Heads(nn.Module):
     """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to its target's channels."""
 
-    def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor], settings: Settings):
+    def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor]):
         super().__init__()
         self.body, self.size = body.eval(), targets[0].shape[2:]
-        if settings.batch_statistics:
-            for module in body.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.running_mean = module.running_var = module.num_batches_tracked = None
         with torch.no_grad():
             widths = [tap.shape[1] for tap in body(images[:1])]
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(w), nn.Conv2d(w, t.shape[1], 1)) for w, t in zip(widths, targets))
@@ -467,7 +461,7 @@ class Heads(nn.Module):
 class EncoderDecoder(nn.Module):
     """A recurrent network between a linear encoder and a linear decoder."""
 
-    def __init__(self, body: nn.Module, sequences: Tensor, targets: list[Tensor], settings: Settings):
+    def __init__(self, body: nn.Module, sequences: Tensor, targets: list[Tensor]):
         super().__init__()
         self.body = body
         self.encoder, self.decoder = nn.Linear(sequences.shape[2], body.width), nn.Linear(body.width, targets[0].shape[2])
@@ -477,6 +471,12 @@ class EncoderDecoder(nn.Module):
 
     def forward(self, sequences: Tensor) -> list[Tensor]:  # (B, T, D) -> one (B, T, D)
         return [self.decoder(self.body(self.encoder(sequences)))]
+
+
+def without_running_statistics(body: nn.Module) -> None:
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
 def sgd(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -524,7 +524,10 @@ class Regression:
 
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed_of("weights", *purpose))
-            network = self.wrap(space.build(arch), self.inputs.cpu(), self.targets, settings)  # on the CPU: equal weights on all devices
+            body = space.build(arch)  # on the CPU: equal weights on all devices
+            if settings.batch_statistics:
+                without_running_statistics(body)
+            network = self.wrap(body, self.inputs.cpu(), self.targets)
             network = network.to(self.device, memory_format=torch.channels_last).train()
             optimizer = self.optimizer(network, settings)
             torch.manual_seed(seed_of("noise", *purpose))
@@ -739,34 +742,36 @@ class Scorer:
         self.record, self.progress, self.workers = record or Record(), progress or Progress(0, quiet=True), workers or Workers()
         self.scores: dict[str, Score] = {}  # of the networks that were asked for, by key
 
-    def __call__(self, archs: Iterable[Any], tell: Callable[[Score], None] = lambda score: None) -> list[float]:
-        """`tell` gets every network's score as soon as it is known."""
-        keys, unknown = [self.space.key(arch) for arch in archs], {}
+    def __call__(self, archs: list[Any], tell: Callable[[], None] = lambda: None) -> list[float]:
+        """`tell` is called whenever a network has entered `scores`."""
+        keys = [self.space.key(arch) for arch in archs]
+        counts, unknown = Counter(keys), {}
 
-        def known(score: Score, trained: bool = False) -> None:
+        def enter(score: Score, trained: bool) -> None:
             self.scores[score.key] = score
-            for _ in range(keys.count(score.key)):
+            for _ in range(counts[score.key]):
                 self.progress.update(score, trained)
-            tell(score)
+            tell()
 
         def train(item: tuple[str, Any]) -> Score:
             key, arch = item
             start = time.perf_counter()
             loss = self.regression(self.space, arch)[-1]
-            return Score(key, self.space.format(arch), loss if math.isfinite(loss) else None, round(time.perf_counter() - start, 3))
+            return Score(key, self.space.format(arch), finite(loss), round(time.perf_counter() - start, 3))
 
-        def trained(result: list[Any]) -> None:
-            self.record.add(Score(*result))
-            known(Score(*result), trained=True)
+        def receive(result: list[Any]) -> None:
+            score = Score(*result)
+            self.record.add(score)
+            enter(score, trained=True)
 
         for key, arch in zip(keys, archs):
             if key not in self.record.known:
                 unknown.setdefault(key, arch)
-        for key in dict.fromkeys(keys):
+        for key in counts:
             if key not in unknown:
-                known(self.record.known[key])
+                enter(self.record.known[key], trained=False)
         if unknown:
-            self.workers.map(train, list(unknown.items()), trained)
+            self.workers.map(train, list(unknown.items()), receive)
         return [self.scores[key].rank_by for key in keys]
 
 
@@ -921,17 +926,18 @@ def search(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, 
 
 def score(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
     space, results = scorer.space, []
-    archs = [arch for arch, _ in labels]
+    waiting = deque((arch, space.key(arch)) for arch, _ in labels)
 
-    def tell(_: Score) -> None:
+    def tell() -> None:
         """Print what is known, in the order in which it was asked for."""
-        while len(results) < len(archs) and (key := space.key(archs[len(results)])) in scorer.scores:
-            arch, (_, _, loss, seconds) = archs[len(results)], scorer.scores[key]
-            results.append({"arch": space.format(arch), "loss": loss, "params": space.params(arch), "seconds": seconds})
-            print(f"{show_loss(loss):>9} {results[-1]['params']:>12,} {seconds:>8.2f}  {results[-1]['arch']}", flush=True)
+        while waiting and waiting[0][1] in scorer.scores:
+            arch, key = waiting.popleft()
+            known = scorer.scores[key]
+            results.append({"arch": space.format(arch), "loss": known.loss, "params": space.params(arch), "seconds": known.seconds})
+            print(f"{show_loss(known.rank_by):>9} {results[-1]['params']:>12,} {known.seconds:>8.2f}  {results[-1]['arch']}", flush=True)
 
     print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
-    scorer(archs, tell)
+    scorer([arch for arch, _ in labels], tell)
     return {"results": results}
 
 
@@ -956,8 +962,8 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def show_loss(loss: float | None) -> str:
-    return f"{loss:.4f}" if loss is not None and math.isfinite(loss) else "diverged"
+def show_loss(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
 def show(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
@@ -1107,11 +1113,10 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
         progress = Progress(total, args.quiet or args.mode == "show")
         if not args.quiet:
             print(f"gennas: {args.mode} {args.space}, task {args.task}, {settings.steps} steps, images {args.images}, on {device}", file=sys.stderr)
-        if not distributed.is_torchelastic_launched():
-            workers.start(min(args.workers or devices(device), total) if args.mode != "show" else 1, argv)
-        workers.share("input", {"made with": made_with, "labels": [(space.format(arch), value) for arch, value in labels],
+        workers.start(min(args.workers or devices(device), total) if args.mode != "show" else 1, argv)
+        workers.share("input", {"made with": json.dumps(made_with), "labels": [(space.format(arch), value) for arch, value in labels],
                                 "known": list(record.known.values())})
-    elif told["made with"] == json.loads(json.dumps(made_with)):
+    elif told["made with"] == json.dumps(made_with):
         record, progress = Record(), Progress(0, quiet=True)
         record.known = {score.key: score for score in (Score(*line) for line in told["known"])}
     else:
@@ -1119,25 +1124,15 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     return Scorer(space, Regression(task, images, settings, args.seed, device), record, progress, workers), labels
 
 
-LOST = "gennas: error: worker {} has lost the others and ends\n"
-
-
-def main(argv: list[str] | None = None) -> None:
+def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv: list[str]) -> None:
+    """One mode, from its input to its result; whatever is wrong becomes a line and an exit status."""
     start = time.perf_counter()
-    parser, args = parse_arguments(argv)
-    workers = Workers.join()
-    if workers.rank:
-        sys.stdout, args.plot = open(os.devnull, "w"), None
-    elif args.workers and distributed.is_torchelastic_launched():
-        parser.error("--workers is for one machine without torchrun; right is torchrun --nproc-per-node N")
     try:
-        scorer, labels = prepare(args, workers, sys.argv[1:] if argv is None else argv)
+        scorer, labels = prepare(args, workers, argv)
     except OSError as error:
         parser.error(f"{error.filename or args.out}: {error.strerror or error}")
     except ValueError as error:
         parser.error(str(error))
-    except distributed.DistError:
-        parser.exit(1, LOST.format(workers.rank))
     progress = scorer.progress
     try:
         result = MODES[args.mode](args, scorer, labels)
@@ -1146,18 +1141,31 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(130, f"\ngennas: interrupted after {progress.done} architectures; best {show_loss(loss)} {arch}\n")
     except Impossible as error:
         parser.error(str(error))
-    except distributed.DistError:
-        parser.exit(1, LOST.format(workers.rank))
     except WorkerDied as error:
         parser.exit(1, f"gennas: error: {error}; {progress.done} architectures are scored" +
                     (f" and kept in {args.out}, the same command goes on from there\n" if args.out else "\n"))
     except OSError as error:
         parser.exit(1, f"gennas: error: {error.filename or args.out}: {error.strerror}\n")
-    finally:
-        workers.stop()
     if args.json:
         print(json.dumps({"mode": args.mode, "space": args.space, "task": args.task, **result, "images": args.images,
                           "seconds": round(time.perf_counter() - start, 3)}))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_arguments(argv)
+    workers = Workers.join()
+    if workers.rank:
+        sys.stdout, args.plot = open(os.devnull, "w"), None
+    elif distributed.is_torchelastic_launched():
+        if args.workers:
+            parser.error("--workers is for one machine without torchrun; right is torchrun --nproc-per-node N")
+        args.workers = 1  # this one; torchrun has started the others
+    try:
+        run(parser, args, workers, sys.argv[1:] if argv is None else argv)
+    except distributed.DistError:
+        parser.exit(1, f"gennas: error: worker {workers.rank} has lost the others and ends\n")
+    finally:
+        workers.stop()
 
 
 if __name__ == "__main__":

@@ -867,7 +867,9 @@ def test_batch_statistics():
     """The body normalises by the batch at hand in eval() too; the heads keep their running statistics."""
     space = NB201(width=4, cells=1)
     reg = Regression(small_task(), images(), Settings(batch_statistics=True))
-    network = gennas.Heads(space.build(space.parse(RICH)), reg.inputs, reg.targets, reg.settings).train()
+    body = space.build(space.parse(RICH))
+    gennas.without_running_statistics(body)
+    network = gennas.Heads(body, reg.inputs, reg.targets).train()
     for _ in range(3):
         outputs, taps = network(reg.inputs), network.body(reg.inputs)
     network.eval()
@@ -875,6 +877,9 @@ def test_batch_statistics():
         assert torch.equal(tap, other)
     assert not any(torch.allclose(x, y, atol=1e-3) for x, y in zip(outputs, network(reg.inputs)))
     assert not any("body" in name for name, _ in network.named_buffers()) and len(list(network.buffers())) == 3 * 3
+    with_, without = (Regression(small_task(), images(), replace(reg.settings, steps=3, batch_statistics=flag))(space, space.parse(RICH))
+                      for flag in (True, False))
+    assert with_[:-1] == without[:-1] and with_[-1] != without[-1]  # the stem and the reductions have running statistics
 
 
 def test_log_score():
@@ -1045,10 +1050,10 @@ def test_search_resumes_after_kill(tmp_path, undisturbed, victim):
         if not children.exists():
             pytest.skip("finds a process's children in Linux's /proc only")
         os.kill(int(children.read_text()), signal.SIGKILL)
-    run.wait()
+    assert run.wait() == (-signal.SIGKILL if victim == "run" else 1)
     if victim == "worker":
         stderr = run.stderr.read()
-        assert run.returncode == 1 and "error: worker 1 of 2 died (exit status -9); " in stderr and "Traceback" not in stderr
+        assert "error: worker 1 of 2 died (exit status -9); " in stderr and "Traceback" not in stderr
         assert f"{out.read_bytes().count(bytes([10])) - 1} architectures are scored and kept in {out}" in stderr
     done = recorded(out)
     assert 3 <= len(done) < len(undisturbed[1])
