@@ -674,16 +674,17 @@ class Workers:
         if not distributed.is_torchelastic_launched():
             return cls()
         store, rank, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
-        return cls(store, rank)
+        return cls(distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store), rank)  # torchrun's store outlives a restart
 
     def start(self, count: int, argv: list[str]) -> None:
         """Run this program with `argv` in count - 1 more processes, by the environment that torchrun would give them."""
         if count == 1:
             return
-        self.store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        server = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = distributed.PrefixStore("0", server)
         for rank in range(1, count):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port,
-                           "TORCHELASTIC_RUN_ID": "gennas", "TORCHELASTIC_USE_AGENT_STORE": True}
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port,
+                           "TORCHELASTIC_RUN_ID": "gennas", "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
             self.children.append(subprocess.Popen([sys.executable, __file__, *argv], stdin=subprocess.DEVNULL, start_new_session=True,
                                                   env=os.environ | {name: str(value) for name, value in environment.items()}))
 

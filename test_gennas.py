@@ -1025,6 +1025,13 @@ def recorded(out: Path) -> dict[str, float]:
     return losses
 
 
+def wait_for_scores(out: Path) -> None:
+    """Until the file has a few."""
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[dict, dict]:
     """Result and losses of SEARCH with one worker."""
@@ -1040,9 +1047,7 @@ def test_search_resumes_after_kill(tmp_path, undisturbed, victim):
     """A run of which a process is killed in its middle, continued by the same command, ends as the undisturbed one."""
     out = tmp_path / "scores.jsonl"
     run = subprocess.Popen([*SEARCH, "--workers", "2", "--out", out], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (out.exists() and out.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for_scores(out)
     if victim == "run":
         run.kill()
     else:
@@ -1080,6 +1085,23 @@ def test_two_nodes_under_torchrun(tmp_path, undisturbed):
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert timeless(last_json(outputs[0][0])) == undisturbed[0] and outputs[1][0] == ""
     assert recorded(tmp_path / "0.jsonl") == undisturbed[1] and not (tmp_path / "1.jsonl").exists()
+
+
+def test_torchrun_restarts_dead_workers(tmp_path, undisturbed):
+    out = tmp_path / "scores.jsonl"
+    words = [*SEARCH[1:], "--out", str(out)]
+    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", *words],
+                                cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    if not children.exists():
+        launcher.kill()
+        pytest.skip("finds a process's children in Linux's /proc only")
+    wait_for_scores(out)
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    stdout, stderr = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, stderr
+    assert timeless(last_json(stdout)) == undisturbed[0] and recorded(out) == undisturbed[1]
+    assert stderr.count("gennas: search nb201") == 2  # it did start anew
 
 
 def test_workers_share_a_list():
