@@ -8,6 +8,7 @@ signals the three stages of a network must reproduce), the images, the regressio
     python gennas.py --space nb201                                  # search an architecture
     python gennas.py --space nb201 --mode score ARCH [ARCH ...]     # score given ones
     python gennas.py --space nb201 --mode correlate --labels FILE   # rank correlation with recorded accuracies
+    python gennas.py --space nb201 --mode search-task               # search a task, on labelled architectures
     python gennas.py --space nb201 --mode show --plot FILE.png      # draw the task's signals
 """
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 
@@ -173,6 +175,10 @@ class JsonTask:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
+    def digest(self) -> str:
+        """What names the task in a record."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
     def draw(self, images: Tensor | None, seed: int, batch: int = 16, size: int = 8) -> list[Tensor]:
         """The tensors (batch, C, H, W) of all parts, from (task, images, seed) alone: the three targets of a CNN, or the
         input and the target of a recurrent network."""
@@ -311,6 +317,56 @@ TASKS = {
         dict(basis="sin2d", level=1.0, frequencies=MEDIUM, per_sample=True)]] * 2),
     "nlp-single": RnnTask(dict(kind="uniform", level=0.0), 64, *[[dict(basis="dot", level=1.0, density=1.0, per_sample=True)]] * 2),
 }
+
+
+# ---------------------------------------------------------------------------------------- the space of tasks (paper, 3.4)
+WIDTHS = range(16, 97, 16)  # channels of a stage, numbers of a sequence
+# field of a signal -> its draw; rounded, so that a task is what its JSON says
+DRAWS: dict[str, Callable[[random.Random], Any]] = {
+    "frequencies": lambda rng: random_band(rng.uniform(0, 0.5), rng.uniform(0, 0.5), rng),
+    "density": lambda rng: round(rng.random(), 4),
+    "per_sample": lambda rng: rng.random() < 0.5,
+}
+
+
+def random_band(low: float, high: float, rng: random.Random) -> list[float]:
+    return [min(max(round(rng.uniform(low, high), 4), 0.0001), 0.4999) for _ in range(10)]
+
+
+def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> list[dict[str, Any]]:
+    """Each basis with chance 1/2, of any level and form; `fixed` are fields that are not drawn."""
+    return [{"basis": basis, "level": rng.randint(5, 29) / 10, **{name: DRAWS[name](rng) for name in BASES[basis][1]}, **fixed}
+            for basis in bases if rng.random() < 0.5]
+
+
+def random_task(rng: random.Random, kind: type[Task | RnnTask] = Task) -> Task | RnnTask:
+    """A draw from the space of tasks of a kind."""
+    noise = {"kind": rng.choice(("gaussian", "uniform")), "level": rng.randint(0, 9) / 10}
+    if kind is Task:
+        return Task(noise, [stage(rng.choice(WIDTHS), *random_signals(rng, BASES)) for _ in range(3)])
+    bases = [basis for basis in BASES if basis != "resize"]
+    return RnnTask(noise, rng.choice(WIDTHS), *[random_signals(rng, bases, per_sample=True) for _ in range(2)])
+
+
+def mutate_task(task: Task | RnnTask, rng: random.Random) -> Task | RnnTask:
+    """Another task: with chance 0.2 each, the noise, the channels of a stage and the signal of a basis are drawn again."""
+    other = random_task(rng, type(task))
+
+    def pick(old: Any, new: Any) -> Any:
+        return new if rng.random() < 0.2 else old
+
+    def pick_signals(old: list, new: list) -> list:
+        by_basis = [{signal["basis"]: signal for signal in signals} for signals in (old, new)]
+        return [signal for basis in BASES if (signal := pick(*[signals.get(basis) for signals in by_basis]))]
+
+    noise = pick(task.noise, other.noise)
+    if isinstance(task, Task):
+        child = Task(noise, [stage(pick(a["channels"], b["channels"]), *pick_signals(a["signals"], b["signals"]))
+                             for a, b in zip(task.stages, other.stages)])
+    else:
+        child = RnnTask(noise, pick(task.dimension, other.dimension), pick_signals(task.input, other.input),
+                        pick_signals(task.target, other.target))
+    return child if child != task else mutate_task(task, rng)
 
 
 # ----------------------------------------------------------------------------------------------------------- images
@@ -636,9 +692,12 @@ class Progress:
         self.start, self.told = time.monotonic(), -math.inf
         self.best: tuple[float, str] = (math.inf, "none yet")
 
-    def update(self, score: Score, trained: bool) -> None:
+    def note(self, loss: float, what: str) -> None:
+        """`what` is the best so far if its loss is the lowest."""
+        self.best = min(self.best, (loss, what), key=lambda pair: pair[0])
+
+    def update(self, trained: bool) -> None:
         self.done += 1
-        self.best = min(self.best, (score.rank_by, score.arch), key=lambda pair: pair[0])
         if not trained and self.replayed == self.done - 1:  # the rate counts from the first network that had to be trained
             self.replayed, self.start = self.done, time.monotonic()
         now, terminal = time.monotonic(), sys.stderr.isatty()
@@ -734,30 +793,35 @@ class Workers:
 
 
 class Scorer:
-    """Losses of architectures of a space, [arch] -> [loss]; infinite for a network that diverged. Each network is
-    trained once, by one of the workers: equal keys are one network, and what the record knows is not trained again."""
+    """Losses of architectures of a space under tasks: scorer(tasks, archs) -> a list for each task, of a loss for each
+    architecture; infinite for a network that diverged. Each network is trained once on a task, by one of the workers:
+    equal keys are one network, and what the record knows is not trained again."""
 
-    def __init__(self, space: Any, regression: Regression, record: Record | None = None, progress: Progress | None = None,
-                 workers: Workers | None = None):
+    def __init__(self, space: Any, regression: Callable[[Task | RnnTask], Regression], record: Record | None = None,
+                 progress: Progress | None = None, workers: Workers | None = None):
         self.space, self.regression = space, regression
         self.record, self.progress, self.workers = record or Record(), progress or Progress(0, quiet=True), workers or Workers()
-        self.scores: dict[str, Score] = {}  # of the networks that were asked for, by key
+        self.scores: dict[str, Score] = {}  # those that were asked for, by key
 
-    def __call__(self, archs: list[Any], tell: Callable[[], None] = lambda: None) -> list[float]:
-        """`tell` is called whenever a network has entered `scores`."""
-        keys = [self.space.key(arch) for arch in archs]
-        counts, unknown = Counter(keys), {}
+    def key(self, task: Task | RnnTask, arch: Any) -> str:
+        return f"{task.digest()} {self.space.key(arch)}"
+
+    def __call__(self, tasks: list[Task | RnnTask], archs: list[Any], tell: Callable[[Score], None] | None = None) -> list[list[float]]:
+        """`tell` is called with every score that enters `scores`; by default it notes the best."""
+        tell = tell or (lambda score: self.progress.note(score.rank_by, score.arch))
+        keys = [[self.key(task, arch) for arch in archs] for task in tasks]
+        counts, unknown = Counter(sum(keys, [])), {}
 
         def enter(score: Score, trained: bool) -> None:
             self.scores[score.key] = score
+            tell(score)
             for _ in range(counts[score.key]):
-                self.progress.update(score, trained)
-            tell()
+                self.progress.update(trained)
 
-        def train(item: tuple[str, Any]) -> Score:
-            key, arch = item
+        def train(item: tuple[str, tuple[Task | RnnTask, Any]]) -> Score:
+            key, (task, arch) = item
             start = time.perf_counter()
-            loss = self.regression(self.space, arch)[-1]
+            loss = self.regression(task)(self.space, arch)[-1]
             return Score(key, self.space.format(arch), finite(loss), round(time.perf_counter() - start, 3))
 
         def receive(result: list[Any]) -> None:
@@ -765,15 +829,16 @@ class Scorer:
             self.record.add(score)
             enter(score, trained=True)
 
-        for key, arch in zip(keys, archs):
-            if key not in self.record.known:
-                unknown.setdefault(key, arch)
+        for task, row in zip(tasks, keys):
+            for arch, key in zip(archs, row):
+                if key not in self.record.known:
+                    unknown.setdefault(key, (task, arch))
         for key in counts:
             if key not in unknown:
                 enter(self.record.known[key], trained=False)
         if unknown:
             self.workers.map(train, list(unknown.items()), receive)
-        return [self.scores[key].rank_by for key in keys]
+        return [[self.scores[key].rank_by for key in row] for row in keys]
 
 
 # ------------------------------------------------------------------------------------- regularized evolution (aging)
@@ -879,11 +944,11 @@ def plot_correlation(losses: list[float], values: list[float], title: str, path:
     figure.savefig(path, dpi=100)
 
 
-def plot_search(losses: list[float], title: str, path: str) -> None:
+def plot_search(losses: list[float], name: str, title: str, path: str) -> None:
     figure, ((ax,),) = new_figure(1, 1, figsize=(5, 4))
-    ax.plot(losses, ".", markersize=4, label="architecture")
+    ax.plot(losses, ".", markersize=4, label="candidate")
     ax.plot(np.minimum.accumulate(losses), label="best so far")
-    ax.set(xlabel="architectures evaluated", ylabel="regression loss", title=title)
+    ax.set(xlabel="candidates evaluated", ylabel=name, title=title)
     ax.legend()
     figure.savefig(path, dpi=100)
 
@@ -910,10 +975,10 @@ def within_limits(draw: Callable[..., Any], space: Any, args: argparse.Namespace
     return redraw
 
 
-def search(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
+def search(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
     space = scorer.space
     draws = [within_limits(draw, space, args) for draw in (space.random, space.mutate)]
-    history = regularized_evolution(*draws, scorer, random.Random(args.seed),
+    history = regularized_evolution(*draws, lambda archs: scorer([task], archs)[0], random.Random(args.seed),
                                     args.population, args.tournament, args.cycles, args.batch)
     arch, loss = min(history, key=lambda pair: pair[1])
     result = {"arch": space.format(arch), "loss": finite(loss), "params": space.params(arch),
@@ -921,16 +986,49 @@ def search(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, 
     print(f"{result['arch']}\nloss {show_loss(loss)}, {result['params']:,} parameters; the best of {len(history)} evaluated "
           f"architectures, {len(scorer.scores)} different networks")
     if args.plot:
-        plot_search([loss for _, loss in history], f"{args.space}, {len(history)} architectures", args.plot)
+        plot_search([loss for _, loss in history], "regression loss", f"{args.space}, {len(history)} architectures", args.plot)
     return result
 
 
-def score(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
-    space, results = scorer.space, []
-    waiting = deque((arch, space.key(arch)) for arch, _ in labels)
+def search_task(args: argparse.Namespace, scorer: Scorer, task: None, labels: list) -> dict[str, Any]:
+    """Regularized evolution over tasks. A task's loss is 1 - |rho| on the first --limit labels (paper, 3.4); rho on the
+    other labels tells whether the task that was found is good for more than these."""
+    limit = args.limit or len(labels)
 
-    def tell() -> None:
+    def rhos(tasks: list[Task | RnnTask], labels: list) -> list[float]:
+        archs, values = zip(*labels)
+        merits = [[-loss for loss in losses] for losses in scorer(tasks, archs, tell=lambda score: None)]
+        return [finite(spearman(row, values)) or 0.0 for row in merits]
+
+    def evaluate(tasks: list[Task | RnnTask]) -> list[float]:
+        distances = [1 - abs(rho) for rho in rhos(tasks, labels[:limit])]
+        for task, distance in zip(tasks, distances):
+            scorer.progress.note(distance, task.to_json())
+        return distances
+
+    history = regularized_evolution(partial(random_task, kind=type(TASKS[scorer.space.task])), mutate_task, evaluate,
+                                    random.Random(args.seed), args.population, args.tournament, args.cycles, args.batch)
+    best, _ = min(history, key=lambda pair: pair[1])
+    found: dict[str, Any] = {"n": limit, "spearman": rhos([best], labels[:limit])[0]}
+    said = f"spearman {found['spearman']:.3f} on the {limit} labels of the search"
+    if len(labels) - limit >= 3:
+        found |= {"n_held_out": len(labels) - limit, "spearman_held_out": rhos([best], labels[limit:])[0]}
+        said += f", {found['spearman_held_out']:.3f} on {found['n_held_out']} others"
+    print(best.to_json())
+    if not args.quiet:
+        print(f"gennas: {said}; the best of {len(history)} evaluated tasks", file=sys.stderr)
+    if args.plot:
+        plot_search([distance for _, distance in history], "1 - |spearman|", f"{args.space}, {len(history)} tasks", args.plot)
+    return {"task": asdict(best), **found, "evaluated": len(history)}
+
+
+def score(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
+    space, results = scorer.space, []
+    waiting = deque((arch, scorer.key(task, arch)) for arch, _ in labels)
+
+    def tell(score: Score) -> None:
         """Print what is known, in the order in which it was asked for."""
+        scorer.progress.note(score.rank_by, score.arch)
         while waiting and waiting[0][1] in scorer.scores:
             arch, key = waiting.popleft()
             known = scorer.scores[key]
@@ -938,17 +1036,17 @@ def score(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, A
             print(f"{show_loss(known.rank_by):>9} {results[-1]['params']:>12,} {known.seconds:>8.2f}  {results[-1]['arch']}", flush=True)
 
     print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
-    scorer([arch for arch, _ in labels], tell)
+    scorer([task], [arch for arch, _ in labels], tell)
     return {"results": results}
 
 
-def correlate(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
+def correlate(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
     archs, values = zip(*labels)
-    losses = scorer(archs)
+    losses, = scorer([task], archs)
     merits = [-loss for loss in losses]
     rho, tau, (low, high) = spearman(merits, values), kendall(merits, values), spearman_interval(merits, values)
     by_params = spearman([scorer.space.params(arch) for arch in archs], values)
-    seconds = float(np.mean([scorer.scores[scorer.space.key(arch)].seconds for arch in archs]))
+    seconds = float(np.mean([scorer.scores[scorer.key(task, arch)].seconds for arch in archs]))
     summary = f"spearman {rho:.3f} [{low:.3f}, {high:.3f}], kendall {tau:.3f}, {len(labels)} architectures"
     print(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}; diverged: {losses.count(math.inf)}; "
           f"{seconds:.2f} s a network")
@@ -967,19 +1065,20 @@ def show_loss(loss: float) -> str:
     return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
-def show(args: argparse.Namespace, scorer: Scorer, labels: list) -> dict[str, Any]:
-    regression = scorer.regression
-    print(regression.task.to_json())
+def show(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
+    print(task.to_json())
     if args.plot:
+        regression = scorer.regression(task)
         settings = regression.settings
-        plot_signals(regression.task.parts(settings.batch, settings.size), regression.inputs.cpu(), args.seed, args.plot)
+        plot_signals(task.parts(settings.batch, settings.size), regression.inputs.cpu(), args.seed, args.plot)
     return {"plot": args.plot}
 
 
-MODES = {"search": search, "score": score, "correlate": correlate, "show": show}
-# option -> the one mode that it belongs to, and whether that needs it
-BELONGS = {"arch": ("score", True), "labels": ("correlate", True), "limit": ("correlate", False),
-           "max_params": ("search", False), "max_flops": ("search", False)}
+MODES = {"search": search, "search-task": search_task, "score": score, "correlate": correlate, "show": show}
+# option -> the modes that it belongs to, where it does not belong to all
+BELONGS = {"arch": ("score",), "labels": ("correlate", "search-task"), "limit": ("correlate", "search-task"),
+           "max_params": ("search",), "max_flops": ("search",), "task": ("search", "score", "correlate", "show"),
+           "plot": ("search", "search-task", "correlate", "show")}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1012,9 +1111,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     option("--batch", type=whole(1), metavar="N", help="children made from the same queue (default 8, with --preset paper 1)")
     option("--max-params", type=whole(1), metavar="N", help="search among networks of at most N parameters")
     option("--max-flops", type=whole(1), metavar="N", help="and at most N floating-point operations an image (a multiply-add is two)")
-    option("--labels", metavar="FILE|DIR", help="with --mode correlate: a JSON list of [architecture, value], higher = better, "
+    option("--labels", metavar="FILE|DIR", help="with --mode correlate or search-task: a JSON list of [architecture, value], higher = better, "
            "an NDS file, or a folder of NAS-Bench-NLP logs")
-    option("--limit", type=whole(1), metavar="N", help="only the first N labels")
+    option("--limit", type=whole(1), metavar="N", help="only the first N labels; search-task tests the task that it found on the others")
     option("--workers", type=whole(1), metavar="N", help="processes that train networks; default: one for each GPU, or for each CPU core")
     option("--out", metavar="FILE.jsonl", help="record of every score; the same command resumes from it")
     option("--plot", metavar="FILE.png", help="draw the result (needs matplotlib)")
@@ -1022,17 +1121,17 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     option("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_intermixed_args(argv)
 
-    for name, (mode, needed) in BELONGS.items():
-        if getattr(args, name) and args.mode != mode:
-            parser.error(f"{name.upper() if name == 'arch' else '--' + name.replace('_', '-')} belongs to --mode {mode}, not to --mode {args.mode}")
-        if needed and args.mode == mode and not getattr(args, name):
-            parser.error(f"--mode {mode} needs {name.upper() + ' [ARCH ...]' if name == 'arch' else '--' + name + ' FILE'}")
+    for name, modes in BELONGS.items():
+        if getattr(args, name) and args.mode not in modes:
+            option = "ARCH" if name == "arch" else f"--{name.replace('_', '-')}"
+            parser.error(f"{option} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
+    for mode, name, words in (("score", "arch", "ARCH [ARCH ...]"), ("correlate", "labels", "--labels FILE")):
+        if args.mode == mode and not getattr(args, name):
+            parser.error(f"--mode {mode} needs {words}")
     args.batch = args.batch or (1 if args.preset == "paper" else min(8, args.population))
     for name in ("tournament", "batch"):
         if getattr(args, name) > args.population:
             parser.error(f"--{name} {getattr(args, name)}: right is at most the population, {args.population}")
-    if args.plot and args.mode == "score":
-        parser.error("--plot belongs to the modes search, correlate and show")
     return parser, args
 
 
@@ -1072,11 +1171,13 @@ def find_device(name: str | None) -> torch.device:
 
 def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
     """What the mode is to score, as (arch, value); no value with --mode score, nothing in the other modes."""
-    if args.mode == "correlate":
-        labels = search_spaces.load_labels(space, args.labels)[:args.limit]
-        if len(labels) < 3:
-            raise ValueError(f"--mode correlate: right are at least 3 architectures, not {len(labels)}")
-        return labels
+    if args.mode in BELONGS["labels"]:
+        labels = search_spaces.load_labels(space, args.labels) if args.labels else space.labels
+        if labels is None:
+            raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
+        if len(labels[:args.limit]) < 3:
+            raise ValueError(f"--mode {args.mode}: right are at least 3 architectures, not {len(labels[:args.limit])}")
+        return labels if args.mode == "search-task" else labels[:args.limit]
     texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
     archs = [(space.parse(text), None) for text in texts if text.strip()]
     if args.mode == "score" and not archs:
@@ -1084,8 +1185,8 @@ def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
     return archs
 
 
-def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tuple[Scorer, list[tuple[Any, Any]]]:
-    """The scorer, and the architectures that the mode is given. ValueError or OSError for wrong input.
+def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tuple[Scorer, Task | RnnTask | None, list[tuple[Any, Any]]]:
+    """The scorer, and the task and the architectures that the mode is given. ValueError or OSError for wrong input.
 
     Rank 0 alone reads architectures and known scores, starts the other workers where --workers asks for them, and tells
     them what it has read.
@@ -1095,22 +1196,27 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     space = search_spaces.get(args.space, **sizes)
     if args.plot:
         check_plot(args.plot)
-    args.task = args.task or space.task
-    task = load_task(args.task)
-    if type(task) is not type(TASKS[space.task]):
-        raise ValueError(f"task {args.task} is not for {args.space}; right is one like {space.task}")
-    if isinstance(task, RnnTask) and args.images != "synthetic":
+    kind = type(TASKS[space.task])
+    if args.mode == "search-task":
+        args.task, task = "searched", None
+    else:
+        args.task = args.task or space.task
+        task = load_task(args.task)
+        if type(task) is not kind:
+            raise ValueError(f"task {args.task} is not for {args.space}; right is one like {space.task}")
+    if kind is RnnTask and args.images != "synthetic":
         raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
     if args.max_flops:
         space.flops(space.random(random.Random(0)))  # says so if this space does not count them
     labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
     device = find_device(args.device)
     settings = replace(PRESETS[args.preset], **changes | ({"steps": args.steps} if args.steps else {}))
-    images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
-    made_with = {"space": args.space, "task": asdict(task), "images": args.images, **asdict(settings), **sizes, "seed": args.seed, "device": device.type}
+    images, args.images = (None, "none") if kind is RnnTask else load_images(args.images, args.seed, settings.batch)
+    made_with = {"space": args.space, "task": task and asdict(task), "images": args.images, **asdict(settings), **sizes, "seed": args.seed, "device": device.type}
     if not told:
         record = Record(args.out, made_with)
-        total = len(labels) or args.population + args.cycles
+        evaluated, chosen = args.population + args.cycles, len(labels[:args.limit])
+        total = {"search": evaluated, "search-task": evaluated * chosen + len(labels)}.get(args.mode, len(labels))
         progress = Progress(total, args.quiet or args.mode == "show")
         if not args.quiet:
             print(f"gennas: {args.mode} {args.space}, task {args.task}, {settings.steps} steps, images {args.images}, on {device}", file=sys.stderr)
@@ -1122,28 +1228,29 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
         record.known = {score.key: score for score in (Score(*line) for line in told["known"])}
     else:
         raise ValueError(f"worker {workers.rank} has another task, other images or another kind of device than worker 0; right are the same")
-    return Scorer(space, Regression(task, images, settings, args.seed, device), record, progress, workers), labels
+    regression = partial(Regression, images=images, settings=settings, seed=args.seed, device=device)
+    return Scorer(space, regression, record, progress, workers), task, labels
 
 
 def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv: list[str]) -> None:
     """One mode, from its input to its result; whatever is wrong becomes a line and an exit status."""
     start = time.perf_counter()
     try:
-        scorer, labels = prepare(args, workers, argv)
+        scorer, task, labels = prepare(args, workers, argv)
     except OSError as error:
         parser.error(f"{error.filename or args.out}: {error.strerror or error}")
     except ValueError as error:
         parser.error(str(error))
     progress = scorer.progress
     try:
-        result = MODES[args.mode](args, scorer, labels)
+        result = MODES[args.mode](args, scorer, task, labels)
     except KeyboardInterrupt:
         loss, arch = progress.best
-        parser.exit(130, f"\ngennas: interrupted after {progress.done} architectures; best {show_loss(loss)} {arch}\n")
+        parser.exit(130, f"\ngennas: interrupted after {progress.done} networks; best {show_loss(loss)} {arch}\n")
     except Impossible as error:
         parser.error(str(error))
     except WorkerDied as error:
-        parser.exit(1, f"gennas: error: {error}; {progress.done} architectures are scored" +
+        parser.exit(1, f"gennas: error: {error}; {progress.done} networks are scored" +
                     (f" and kept in {args.out}, the same command goes on from there\n" if args.out else "\n"))
     except OSError as error:
         parser.exit(1, f"gennas: error: {error.filename or args.out}: {error.strerror}\n")

@@ -223,6 +223,7 @@ class SearchSpace:
     task: str  # the task that the authors used for this space
     spelling: str  # what `parse` reads, in words
     side = 32  # of the images of the benchmark
+    labels: list[tuple[Any, float]] | None = None  # recorded values that come with the code, higher = better
 
     def parse(self, text: str) -> Any:
         try:
@@ -426,6 +427,18 @@ class NB201(SearchSpace):
     NAMES, NUMBERS = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|", "[[{}],[{},{}],[{},{},{}]]"  # the two spellings
     spelling = f"{NAMES} or {NUMBERS}, each {{}} one of {', '.join(OPS)} or its number 0 to 4"
     EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
+    # Recorded test accuracies on CIFAR-10, in %: of 600 cells drawn at random, sorted by accuracy, the 16th and every 30th
+    # after it, every other one first. A cell is written as the numbers of its operations.
+    ACCURACIES = {
+        "441004": 67.27, "143110": 83.46, "141234": 87.2067, "131020": 88.7767, "201110": 89.6367,
+        "032042": 90.94, "044322": 91.71, "333022": 92.1333, "324431": 92.46, "312213": 93.13,
+        "200404": 76.0233, "314144": 86.6633, "410113": 88.32, "124201": 89.0467, "404222": 90.1367,
+        "420213": 91.3733, "300340": 91.98, "011322": 92.26, "202330": 92.7133, "340133": 93.64,
+    }
+
+    @property
+    def labels(self) -> list[tuple[tuple[str, ...], float]]:
+        return [(tuple(self.OPS[int(digit)] for digit in digits), value) for digits, value in self.ACCURACIES.items()]
 
     def __init__(self, width: int = 16, cells: int = 5):
         self.width, self.cells = width, cells

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -837,8 +838,8 @@ def test_regression_by_hand(kind):
 
 def losses_of(*texts: str, seed: int = 0) -> list[float]:
     space = NB201(width=4, cells=1)
-    scorer = Scorer(space, Regression(small_task(), images(), Settings(steps=2), seed))
-    return scorer([space.parse(text) for text in texts])
+    scorer = Scorer(space, lambda task: Regression(task, images(), Settings(steps=2), seed))
+    return scorer([small_task()], [space.parse(text) for text in texts])[0]
 
 
 def test_score_is_pure():
@@ -930,9 +931,9 @@ class Exploding(Linear):
 
 
 def test_diverged_networks_rank_last_and_are_marked():
-    scorer = Scorer(Exploding(), Regression(small_task(), images(), Settings(steps=2)))
-    good, bad = scorer(["good", "bad"])
-    assert math.isfinite(good) and bad == math.inf and scorer.scores["bad"].loss is None
+    scorer = Scorer(Exploding(), lambda task: Regression(task, images(), Settings(steps=2)))
+    (good, bad), = scorer([small_task()], ["good", "bad"])
+    assert math.isfinite(good) and bad == math.inf and scorer.scores[scorer.key(small_task(), "bad")].loss is None
     assert gennas.spearman([-good, -bad, -math.inf], [3, 2, 1]) == pytest.approx(3 / math.sqrt(12))
     assert gennas.show_loss(bad) == "diverged" and gennas.finite(bad) is None
 
@@ -1004,6 +1005,106 @@ def test_bootstrap_interval():
     assert gennas.spearman_interval(a, a) == (1, 1)
 
 
+# ------------------------------------------------------------------------------------------------------- task search
+def genes(any_task) -> dict[str, object]:
+    """The fields that a mutation draws again, by name."""
+    data = json.loads(any_task.to_json())
+    parts = data.pop("stages", None) or [{"signals": data.pop(name)} for name in ("input", "target")]
+    for i, part in enumerate(parts):
+        assert [signal["basis"] for signal in part["signals"]] == [basis for basis in gennas.BASES if basis in {s["basis"] for s in part["signals"]}]
+        data |= {f"{basis} {i}": None for basis in gennas.BASES} | {f"{signal['basis']} {i}": signal for signal in part["signals"]}
+        data |= {f"channels {i}": part["channels"]} if "channels" in part else {}
+    return data
+
+
+@pytest.mark.parametrize("kind, fields", [(Task, 19), (gennas.RnnTask, 12)])
+def test_random_and_mutated_tasks(kind, fields):
+    """Draws are valid, print and read back; each field has the chances of the paper's task space; mutation redraws a fifth."""
+    rng = random.Random(0)
+    tasks = [gennas.random_task(rng, kind) for _ in range(1000)]
+    children = [gennas.mutate_task(parent, rng) for parent in tasks]
+    for any_task in tasks + children:
+        assert type(any_task) is kind and Task.from_json(any_task.to_json()) == any_task
+    drawn, redrawn = [genes(any_task) for any_task in tasks], [genes(any_task) for any_task in children]
+    assert {len(values) for values in drawn} == {fields}
+    assert {(values["noise"]["kind"], values["noise"]["level"]) for values in drawn} == {
+        (noise, level / 10) for noise in ("gaussian", "uniform") for level in range(10)}
+    signals = [value for values in drawn for value in values.values() if isinstance(value, dict) and "basis" in value]
+    assert {signal["level"] for signal in signals} == {level / 10 for level in range(5, 30)}
+    own = [signal["per_sample"] for signal in signals if "per_sample" in signal]
+    assert all(own) if kind is gennas.RnnTask else 0.45 < sum(own) / len(own) < 0.55
+    frequencies = [f for signal in signals for f in signal.get("frequencies", ())]
+    assert 0.24 < sum(frequencies) / len(frequencies) < 0.26 and min(frequencies) < 0.02 and max(frequencies) > 0.48
+    for name in drawn[0].keys() - {"noise"}:
+        values = [d[name] for d in drawn]
+        if name.startswith(("channels", "dimension")):
+            assert set(values) == set(range(16, 97, 16))
+        else:
+            absent = sum(value is None for value in values)
+            assert absent == 1000 if kind is gennas.RnnTask and "resize" in name else 430 < absent < 570
+            changed = sum(old != new for old, new in zip(values, (d[name] for d in redrawn)))
+            if absent < 1000:  # of the redrawn three quarters differ: not those that are absent before and after
+                assert 110 < changed < 225  # more than 150, as a child that changes in nothing is drawn again
+    assert all(child != parent for child, parent in zip(children, tasks))
+
+
+def test_search_task(run, tmp_path):
+    """What it reports of the found task is what `correlate` says of it; every task on every architecture is trained once."""
+    rng, labels, found, rest = random.Random(1), tmp_path / "labels.json", tmp_path / "found.json", tmp_path / "rest.json"
+    archs = [NB201().format(NB201().random(rng)) for _ in range(9)]
+    labels.write_text(json.dumps([[arch, float(i)] for i, arch in enumerate(archs)]))
+    rest.write_text(json.dumps([[arch, float(i)] for i, arch in enumerate(archs[5:])]))
+    out, command = tmp_path / "out.jsonl", ("--mode", "search-task", "--labels", labels, "--limit", 5, "--population", 4,
+                                            "--tournament", 2, "--cycles", 5, "--batch", 2)
+    status, stdout, stderr = run(*command, "--json", "--out", out)
+    result = last_json(stdout)
+    assert status == 0 and (result["mode"], result["evaluated"], result["n"], result["n_held_out"]) == ("search-task", 9, 5, 4)
+    assert f"spearman {result['spearman']:.3f} on the 5 labels of the search, {result['spearman_held_out']:.3f} on 4 others" in stderr
+    losses = recorded(out)
+    per_task = Counter(key.split()[0] for key in losses)
+    assert len(per_task) == 9 and sorted(per_task.values())[-1] == 9 and "54/54" in stderr  # 9 tasks on 5, the found one on all 9 again
+
+    found.write_text(run(*command, "--quiet")[1])  # without --json, what it prints is a task file
+    assert json.loads(found.read_text()) == result["task"]
+    for file, name in ((labels, "spearman"), (rest, "spearman_held_out")):
+        told = last_json(run("--mode", "correlate", "--labels", file, "--limit", 5, "--task", found, "--json")[1])
+        assert told["spearman"] == pytest.approx(result[name])
+
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:17]) + lines[17][:9])
+    assert timeless(last_json(run(*command, "--json", "--out", out)[1])) == timeless(result) and recorded(out) == losses
+
+
+def test_search_task_prefers_what_correlates(monkeypatch, run):
+    """The found task is the one whose losses rank the built-in labels best, in either direction."""
+    accuracy, asked = dict(NB201().labels), set()
+
+    class Rigged:
+        def __init__(self, task, **_):
+            self.level = task.noise["level"]
+            asked.add(self.level)
+
+        def __call__(self, space, arch):
+            rng = random.Random(f"{arch} {self.level}")
+            return [accuracy[arch] + rng.gauss(0, 100 * self.level)]  # the less noise, the better; high losses for high accuracies
+
+    monkeypatch.setattr(gennas, "Regression", Rigged)
+    result = last_json(run("--mode", "search-task", "--population", 10, "--cycles", 20, "--json")[1])
+    assert result["task"]["noise"]["level"] == min(asked) and result["n"] == 20 and "n_held_out" not in result
+    assert result["spearman"] < -0.5
+
+
+def test_built_in_labels():
+    space = NB201()
+    archs, values = zip(*space.labels)
+    assert len({space.key(arch) for arch in archs}) == 20 and all(space.parse(space.format(arch)) == arch for arch in archs)
+    assert [sum(value > other for other in values[:10]) for value in values[:10]] == list(range(10))  # evenly spread in any half
+    if SHARED.exists():
+        recorded = dict(search_spaces.load_labels(space, SHARED / "labels" / "nb201_cifar10.json")[:600])
+        assert [recorded[arch] for arch in archs] == list(values)
+        assert sorted(values) == sorted(recorded.values())[15::30]
+
+
 # ------------------------------------------------------------------------------------------------ the record, resume
 SEARCH = [sys.executable, "gennas.py", "--space", "nb201", "--steps", "1", "--population", "6", "--tournament", "2", "--cycles", "8", "--batch", "3", "--json"]
 
@@ -1059,7 +1160,7 @@ def test_search_resumes_after_kill(tmp_path, undisturbed, victim):
     if victim == "worker":
         stderr = run.stderr.read()
         assert "error: worker 1 of 2 died (exit status -9); " in stderr and "Traceback" not in stderr
-        assert f"{out.read_bytes().count(bytes([10])) - 1} architectures are scored and kept in {out}" in stderr
+        assert f"{out.read_bytes().count(bytes([10])) - 1} networks are scored and kept in {out}" in stderr
     done = recorded(out)
     assert 3 <= len(done) < len(undisturbed[1])
     assert run_search("--workers", 2, "--out", out) == undisturbed[0] and recorded(out) == undisturbed[1]
@@ -1186,11 +1287,12 @@ def test_a_second_writer_is_refused(run, tmp_path):
 
 def test_each_network_is_trained_once():
     space, calls = NB201(width=4, cells=1), []
-    regression = lambda space, arch: calls.append(arch) or [1.0]
-    scorer = Scorer(space, regression)
+    scorer = Scorer(space, lambda task: lambda space, arch: calls.append((task, arch)) or [len(calls)])
     twin = space.parse("|none~0|+|nor_conv_3x3~0|none~1|+|none~0|none~1|skip_connect~2|")
     other = space.parse("|nor_conv_3x3~0|+|none~0|none~1|+|none~0|skip_connect~1|none~2|")
-    assert scorer([twin, other, twin]) == [1.0] * 3 and calls == [twin] and len(scorer.scores) == 1
+    first, second = small_task(), gennas.TASKS["combo"]
+    assert scorer([first], [twin, other, twin]) == [[1, 1, 1]] and calls == [(first, twin)] and len(scorer.scores) == 1
+    assert scorer([second, first, second], [other, twin]) == [[2, 2], [1, 1], [2, 2]] and calls[1:] == [(second, other)]
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -1285,7 +1387,11 @@ WRONG = [  # words of the command line, what the message must say
     (["--seed", "-1"], ["seed"]),
     (["--nonsense"], ["nonsense"]),
     ([RICH], ["ARCH belongs to --mode score"]),
-    (["--limit", "3"], ["limit belongs to --mode correlate"]),
+    (["--limit", "3"], ["limit belongs to --mode correlate or search-task"]),
+    (["--mode", "search-task", "--task", "combo"], ["--task belongs to", "not to --mode search-task"]),
+    (["--mode", "search-task", "--max-params", "9"], ["max-params belongs to --mode search"]),
+    (["--mode", "search-task", "--limit", "2"], ["at least 3"]),
+    (["--space", "nb101", "--mode", "search-task"], ["needs --labels", "nb101 has no labels of its own"]),
     (["--mode", "score"], ["needs ARCH"]),
     (["--mode", "score", "abc"], ["abc", "nb201", "nor_conv_3x3"]),
     (["--mode", "score", RICH, "--plot", "x.png"], ["--plot"]),
@@ -1363,7 +1469,7 @@ def test_interrupt_tells_the_best(run, monkeypatch):
 
     monkeypatch.setattr(Regression, "__call__", interrupted)
     status, _, stderr = run()
-    assert status == 130 and "interrupted after 2 architectures; best" in stderr
+    assert status == 130 and "interrupted after 2 networks; best" in stderr
 
 
 def test_importing_does_nothing():
