@@ -690,7 +690,7 @@ class Progress:
     def __init__(self, total: int, quiet: bool = False):
         self.total, self.quiet, self.done, self.replayed = total, quiet, 0, 0
         self.start, self.told = time.monotonic(), -math.inf
-        self.best: tuple[float, str] = (math.inf, "none yet")
+        self.best: tuple[float, str] = (math.inf, "")
 
     def note(self, loss: float, what: str) -> None:
         """`what` is the best so far if its loss is the lowest."""
@@ -706,7 +706,8 @@ class Progress:
         self.told = now
         rate = (self.done - self.replayed) / max(now - self.start, 1e-9)
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "replayed"
-        line = f"{self.done}/{self.total}  {rate:.2f}/s  {left}  best {self.best[0]:.4f} {self.best[1]}"
+        best = f"best {show_loss(self.best[0])} {self.best[1]}" if self.best[1] else ""
+        line = f"{self.done}/{self.total}  {rate:.2f}/s  {left}  {best}"
         width = shutil.get_terminal_size().columns - 1
         print(f"\r\x1b[K{line[:width]}" if terminal else line, end="\n" if not terminal or self.done == self.total else "",
               file=sys.stderr, flush=True)
@@ -944,6 +945,16 @@ def plot_correlation(losses: list[float], values: list[float], title: str, path:
     figure.savefig(path, dpi=100)
 
 
+def plot_curves(curves: list[list[float]], names: list[str], title: str, path: str) -> None:
+    """The losses of networks over the steps of their training."""
+    figure, ((ax,),) = new_figure(1, 1, figsize=(7, 4))
+    for curve, name in zip(curves, names):
+        ax.plot(range(1, len(curve) + 1), curve, label=name[:90] + "..." * (len(name) > 90))
+    ax.set(xlabel="training step", ylabel="regression loss", yscale="log", title=title)
+    figure.legend(loc="outside lower center", fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
 def plot_search(losses: list[float], name: str, title: str, path: str) -> None:
     figure, ((ax,),) = new_figure(1, 1, figsize=(5, 4))
     ax.plot(losses, ".", markersize=4, label="candidate")
@@ -1037,6 +1048,9 @@ def score(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels
 
     print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
     scorer([task], [arch for arch, _ in labels], tell)
+    if args.plot:  # the record keeps what a network ends with; how it came there is trained again
+        curves = [scorer.regression(task)(space, arch)[:-1] for arch, _ in labels]
+        plot_curves(curves, [result["arch"] for result in results], f"{args.space}, task {args.task}", args.plot)
     return {"results": results}
 
 
@@ -1077,8 +1091,7 @@ def show(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels:
 MODES = {"search": search, "search-task": search_task, "score": score, "correlate": correlate, "show": show}
 # option -> the modes that it belongs to, where it does not belong to all
 BELONGS = {"arch": ("score",), "labels": ("correlate", "search-task"), "limit": ("correlate", "search-task"),
-           "max_params": ("search",), "max_flops": ("search",), "task": ("search", "score", "correlate", "show"),
-           "plot": ("search", "search-task", "correlate", "show")}
+           "max_params": ("search",), "max_flops": ("search",), "task": ("search", "score", "correlate", "show")}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1245,8 +1258,8 @@ def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv:
     try:
         result = MODES[args.mode](args, scorer, task, labels)
     except KeyboardInterrupt:
-        loss, arch = progress.best
-        parser.exit(130, f"\ngennas: interrupted after {progress.done} networks; best {show_loss(loss)} {arch}\n")
+        loss, best = progress.best
+        parser.exit(130, f"\ngennas: interrupted after {progress.done} networks; best {show_loss(loss)} {best}\n")
     except Impossible as error:
         parser.error(str(error))
     except WorkerDied as error:

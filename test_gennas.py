@@ -1346,6 +1346,18 @@ def test_score(run, monkeypatch):
     assert first.keys() == {"arch", "loss", "params", "seconds"}
 
 
+def test_loss_curves(run, tmp_path, monkeypatch):
+    """What is drawn are the losses of the steps, without the score."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+    real = gennas.plot_curves
+    monkeypatch.setattr(gennas, "plot_curves", lambda *words: drawn.append(words) or real(*words))
+    status, stdout, _ = run("--mode", "score", RICH, DEAD, "--plot", tmp_path / "x.png")
+    curves, names, *_ = drawn[0]
+    assert status == 0 and (tmp_path / "x.png").stat().st_size > 5000
+    assert [len(curve) for curve in curves] == [2, 2] and names == [RICH, DEAD] and curves[0] != curves[1]
+
+
 def test_correlate(run, tmp_path):
     labels = tmp_path / "labels.json"
     rng = random.Random(7)
@@ -1394,7 +1406,6 @@ WRONG = [  # words of the command line, what the message must say
     (["--space", "nb101", "--mode", "search-task"], ["needs --labels", "nb101 has no labels of its own"]),
     (["--mode", "score"], ["needs ARCH"]),
     (["--mode", "score", "abc"], ["abc", "nb201", "nor_conv_3x3"]),
-    (["--mode", "score", RICH, "--plot", "x.png"], ["--plot"]),
     (["--mode", "correlate"], ["needs --labels"]),
     (["--mode", "correlate", "--labels", "absent.json"], ["absent.json", "No such file"]),
     (["--mode", "correlate", "--labels", "text.txt"], ["text.txt", "not JSON"]),
