@@ -950,7 +950,7 @@ def plot_curves(curves: list[list[float]], names: list[str], title: str, path: s
     figure, ((ax,),) = new_figure(1, 1, figsize=(7, 4))
     for curve, name in zip(curves, names):
         ax.plot(range(1, len(curve) + 1), curve, label=name[:90] + "..." * (len(name) > 90))
-    ax.set(xlabel="training step", ylabel="regression loss", yscale="log", title=title)
+    ax.set(xlabel="training step", ylabel="regression loss", title=title)
     figure.legend(loc="outside lower center", fontsize=7)
     figure.savefig(path, dpi=100)
 
@@ -1001,8 +1001,8 @@ def search(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, label
     return result
 
 
-def search_task(args: argparse.Namespace, scorer: Scorer, task: None, labels: list) -> dict[str, Any]:
-    """Regularized evolution over tasks. A task's loss is 1 - |rho| on the first --limit labels (paper, 3.4); rho on the
+def search_task(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
+    """Regularized evolution over tasks of the kind of `task`. A task's loss is 1 - |rho| on the first --limit labels (paper, 3.4); rho on the
     other labels tells whether the task that was found is good for more than these."""
     limit = args.limit or len(labels)
 
@@ -1017,7 +1017,7 @@ def search_task(args: argparse.Namespace, scorer: Scorer, task: None, labels: li
             scorer.progress.note(distance, task.to_json())
         return distances
 
-    history = regularized_evolution(partial(random_task, kind=type(TASKS[scorer.space.task])), mutate_task, evaluate,
+    history = regularized_evolution(partial(random_task, kind=type(task)), mutate_task, evaluate,
                                     random.Random(args.seed), args.population, args.tournament, args.cycles, args.batch)
     best, _ = min(history, key=lambda pair: pair[1])
     found: dict[str, Any] = {"n": limit, "spearman": rhos([best], labels[:limit])[0]}
@@ -1110,7 +1110,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     parser = OneLineParser(description="Score and search neural architectures by regression of synthetic signals.")
     option = parser.add_argument
     option("arch", nargs="*", metavar="ARCH", help="with --mode score: architectures in their benchmark's spelling; - reads stdin")
-    option("--space", required=True, metavar="NAME", help=f"search space: {', '.join(search_spaces.SPACES)}")
+    option("--space", required=True, metavar="NAME", help=f"search space: {', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
     option("--mode", choices=MODES, default="search", help="search is the default; show draws the task's signals")
     option("--task", metavar="NAME|FILE.json", help=f"{', '.join(TASKS)}, or a file; default: the one of the space")
     option("--preset", choices=PRESETS, default="fast", help="how a network is trained (default fast)")
@@ -1185,7 +1185,7 @@ def find_device(name: str | None) -> torch.device:
 def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
     """What the mode is to score, as (arch, value); no value with --mode score, nothing in the other modes."""
     if args.mode in BELONGS["labels"]:
-        labels = search_spaces.load_labels(space, args.labels) if args.labels else space.labels
+        labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
         if labels is None:
             raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
         if len(labels[:args.limit]) < 3:
@@ -1205,34 +1205,34 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     them what it has read.
     """
     told = workers.share("input") if workers.rank else None
-    changes, sizes = EXCEPTIONS.get(args.preset, {}).get(args.space.split("-")[0], ({}, {}))
+    family = args.space.split("-")[0] if args.space in search_spaces.SPACES else None
+    changes, sizes = EXCEPTIONS.get(args.preset, {}).get(family, ({}, {}))
     space = search_spaces.get(args.space, **sizes)
     if args.plot:
         check_plot(args.plot)
-    kind = type(TASKS[space.task])
-    if args.mode == "search-task":
-        args.task, task = "searched", None
-    else:
-        args.task = args.task or space.task
-        task = load_task(args.task)
-        if type(task) is not kind:
-            raise ValueError(f"task {args.task} is not for {args.space}; right is one like {space.task}")
-    if kind is RnnTask and args.images != "synthetic":
+    default = getattr(space, "task", "nb101")
+    args.task = args.task or default
+    task = load_task(args.task)
+    if type(task) is not type(TASKS[default]):
+        raise ValueError(f"task {args.task} is not for {args.space}; right is one like {default}")
+    if isinstance(task, RnnTask) and args.images != "synthetic":
         raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
+    if args.max_flops and not hasattr(space, "flops"):
+        raise ValueError(f"--max-flops: {args.space} has no flops(arch)")
     if args.max_flops:
         space.flops(space.random(random.Random(0)))  # says so if this space does not count them
     labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
     device = find_device(args.device)
     settings = replace(PRESETS[args.preset], **changes | ({"steps": args.steps} if args.steps else {}))
-    images, args.images = (None, "none") if kind is RnnTask else load_images(args.images, args.seed, settings.batch)
-    made_with = {"space": args.space, "task": task and asdict(task), "images": args.images, **asdict(settings), **sizes, "seed": args.seed, "device": device.type}
+    images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
+    made_with = {"space": args.space, "task": None if args.mode == "search-task" else asdict(task), "images": args.images, **asdict(settings), **sizes, "seed": args.seed, "device": device.type}
     if not told:
         record = Record(args.out, made_with)
         evaluated, chosen = args.population + args.cycles, len(labels[:args.limit])
         total = {"search": evaluated, "search-task": evaluated * chosen + len(labels)}.get(args.mode, len(labels))
         progress = Progress(total, args.quiet or args.mode == "show")
         if not args.quiet:
-            print(f"gennas: {args.mode} {args.space}, task {args.task}, {settings.steps} steps, images {args.images}, on {device}", file=sys.stderr)
+            print(f"gennas: {args.mode} {args.space}{'' if args.mode == 'search-task' else ', task ' + args.task}, {settings.steps} steps, images {args.images}, on {device}", file=sys.stderr)
         workers.start(min(args.workers or devices(device), total) if args.mode != "show" else 1, argv)
         workers.share("input", {"made with": json.dumps(made_with), "labels": [(space.format(arch), value) for arch, value in labels],
                                 "known": list(record.known.values())})
@@ -1268,7 +1268,7 @@ def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv:
     except OSError as error:
         parser.exit(1, f"gennas: error: {error.filename or args.out}: {error.strerror}\n")
     if args.json:
-        print(json.dumps({"mode": args.mode, "space": args.space, "task": args.task, **result, "images": args.images,
+        print(json.dumps({"mode": args.mode, "space": args.space, "task": args.task, **result, "preset": args.preset, "images": args.images,
                           "seconds": round(time.perf_counter() - start, 3)}))
 
 

@@ -18,6 +18,7 @@ table; the networks' common parts; then space after space, and at the end their 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import math
 import random
@@ -1177,11 +1178,28 @@ SPACES: dict[str, Callable[[], SearchSpace]] = {
 }
 
 
+METHODS = "random", "mutate", "build", "key", "parse", "format", "params"
+
+
 def get(name: str, **sizes: int) -> Any:
-    """The search space of a `--space` name, its networks of other `sizes` (width, cells) if given; ValueError for an unknown name."""
-    if name not in SPACES:
-        raise ValueError(f"unknown space {name!r}; right is one of {', '.join(SPACES)}")
-    return SPACES[name](**sizes)
+    """The search space of a `--space` name, its networks of other `sizes` (width, cells) if given; or a space of your own,
+    FILE.py:CLASS, made without arguments. ValueError for an unknown name or a class that is not a search space."""
+    if name in SPACES:
+        return SPACES[name](**sizes)
+    path, _, cls = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(f"unknown space {name!r}; right is one of {', '.join(SPACES)}, or FILE.py:CLASS")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        space = getattr(module, cls)()
+    except Exception as error:  # the file can raise anything
+        raise ValueError(f"space {name}: {type(error).__name__}: {error}; right is the file and the name of a class") from None
+    absent = [method for method in METHODS if not hasattr(space, method)]
+    if absent:
+        raise ValueError(f"space {name}: has no {', '.join(absent)}; right is a class with {', '.join(METHODS)}")
+    return space
 
 
 def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:

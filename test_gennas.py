@@ -1491,9 +1491,47 @@ def test_importing_does_nothing():
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+
+
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    return [line.split(" #")[0].strip() for block in blocks for line in block.splitlines() if "gennas.py" in line]
+    lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
+    return [re.split(" #| > | \\| |;", line.split("python ", 1)[1])[0].strip() for line in lines if "python gennas.py" in line]
+
+
+def test_readme_space(tmp_path):
+    """The README's example of a space of one's own, whole and with several workers; then without a method."""
+    example, = [block for block in readme_blocks("python") if "class Plain" in block]
+    assert example.count("\n") <= 40
+    (tmp_path / "my_space.py").write_text(example)
+    (tmp_path / "less.py").write_text(example.replace("def mutate", "def change"))
+    command = [sys.executable, HERE / "gennas.py", "--steps", "1", "--population", "4", "--tournament", "2", "--cycles", "4", "--workers", "2",
+               "--json", "--quiet", "--space"]
+    process = subprocess.run([*command, "my_space.py:Plain"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    result = last_json(process.stdout)
+    space = search_spaces.get(f"{tmp_path / 'my_space.py'}:Plain")
+    assert result["evaluated"] == 8 and space.params(space.parse(result["arch"])) == result["params"]
+    rng = random.Random(0)
+    for arch in [space.random(rng) for _ in range(20)]:
+        assert space.parse(space.format(arch)) == arch and space.key(space.mutate(arch, rng)) != space.key(arch)
+    for name, said in (("less.py:Plain", "has no mutate"), ("less.py:Fancy", "Fancy"), ("absent.py:Plain", "No such file")):
+        process = subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True)
+        assert process.returncode == 2 and said in process.stderr and process.stderr.count("\n") == 1, process.stderr
+
+
+@pytest.mark.parametrize("code", [block for block in readme_blocks("python") if "class Plain" not in block])
+def test_readme_python(code, tmp_path, monkeypatch):
+    if "matplotlib" in code:
+        pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    Path("figures").mkdir()
+    run = {"preset": "fast", "seconds_per_arch": 1.0, "spearman": 0.5, "spearman_ci": [0.4, 0.6]}
+    Path("frontier.jsonl").write_text("".join(json.dumps(run | {"space": space}) + "\n" for space in ("nb201", "nb101")))
+    for name, settings in gennas.PRESETS.items():
+        monkeypatch.setitem(gennas.PRESETS, name, replace(settings, steps=1))
+    exec(code, {})
 
 
 @pytest.mark.parametrize("command", readme_commands())
@@ -1502,9 +1540,12 @@ def test_readme_commands(run, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     if "--plot" in command:
         pytest.importorskip("matplotlib")
-    Path("labels.json").write_text(json.dumps([[RICH, 1], [DEAD, 2], ["[[3],[0,0],[1,0,0]]", 3]]))
+    cells = {"nb201": [RICH, DEAD, "[[3],[0,0],[1,0,0]]"], "nb101": [NB101().format(NB101().random(random.Random(seed))) for seed in range(3)]}
+    for space, archs in cells.items():
+        Path(f"{space}.json").write_text(json.dumps(list(zip(archs, range(3)))))
     Path("my_task.json").write_text(small_task().to_json())
+    Path("my_space.py").write_text(next(block for block in readme_blocks("python") if "class Plain" in block))
     Path("figures").mkdir()
     np.save("my_images.npy", np.random.default_rng(0).random((16, 32, 32, 3)))
-    words = shlex.split(command.split("gennas.py", 1)[1].replace("--space nb201", ""))
+    words = shlex.split(command.replace("$steps", "1"))[1:]
     assert run(*words, *([] if "--population" in words else ["--population", "3", "--tournament", "2", "--cycles", "2"]), "--steps", "1")[0] == 0
