@@ -493,11 +493,15 @@ class Settings:
 # some 70 steps, in deep networks more; without them fewer steps will do.
 PRESETS = {"paper": Settings(), "fast": Settings(steps=72, batch=8, side=16, batch_statistics=True, log_score=True)}
 # preset -> family of spaces -> the settings and the network's sizes that are other ones there
-EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {"fast": {
-    "nb201": ({"steps": 44, "side": 32}, {"width": 4, "cells": 3}),
-    **dict.fromkeys(search_spaces.CELL_SPACES, ({"steps": 32}, {})),
-    **dict.fromkeys(("resnet", "resnext", "nbnlp"), ({"steps": 24}, {})),
-}}
+EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
+    "paper": {"nbnlp": ({}, {"reservoir": True})},
+    "fast": {
+        "nb201": ({"steps": 44, "side": 32}, {"width": 4, "cells": 3}),
+        "nbnlp": ({"steps": 24}, {"reservoir": True}),
+        **dict.fromkeys(search_spaces.CELL_SPACES, ({"steps": 32}, {})),
+        **dict.fromkeys(("resnet", "resnext"), ({"steps": 24}, {})),
+    },
+}
 
 
 class Heads(nn.Module):
@@ -1206,7 +1210,7 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     """
     told = workers.share("input") if workers.rank else None
     family = args.space.split("-")[0] if args.space in search_spaces.SPACES else None
-    changes, sizes = EXCEPTIONS.get(args.preset, {}).get(family, ({}, {}))
+    changes, sizes = EXCEPTIONS[args.preset].get(family, ({}, {}))
     space = search_spaces.get(args.space, **sizes)
     if args.plot:
         check_plot(args.plot)

@@ -958,7 +958,8 @@ class NBNLP(SearchSpace):
     """NAS-Bench-NLP (Klyuchnikov et al., IEEE Access 2022): 14,322 recurrent cells. An arch is a recipe, a tuple of nodes.
 
     A node works on x, the previous hidden states h_prev_0 ... h_prev_2 and other nodes; the nodes h_new_i become the next
-    hidden states, and h_new_0 is the layer's output. Three layers, 400 -> 600 -> 600 -> 400.
+    hidden states, and h_new_0 is the layer's output. Three layers, 400 -> 600 -> 600 -> 400. In a `reservoir` the recurrent
+    matrices stay as they were drawn, which is what the authors' code makes of weight drop.
     """
     name, task = "nbnlp", "nlp"
     ACTIVATIONS = "activation_tanh", "activation_sigm", "activation_leaky_relu"
@@ -967,8 +968,8 @@ class NBNLP(SearchSpace):
     spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}} without a cycle, over x (of linear only) and h_prev_i, with h_new_0 and as many h_new as '
                 f"h_prev, ops {', '.join(ARITY)}")
 
-    def __init__(self, widths: tuple[int, ...] = (400, 600, 600, 400)):
-        self.widths = widths
+    def __init__(self, widths: tuple[int, ...] = (400, 600, 600, 400), reservoir: bool = False):
+        self.widths, self.reservoir = widths, reservoir
 
     def random(self, rng: random.Random) -> tuple[Node, ...]:
         """The benchmark's generator: nodes on earlier ones, some of them the new hidden states, until all is used."""
@@ -1095,7 +1096,7 @@ class NBNLP(SearchSpace):
         return json.dumps({name: {"op": op, "input": list(inputs)} for name, op, inputs in arch})
 
     def build(self, arch: tuple[Node, ...]) -> nn.Module:
-        return RecurrentNetwork(canonical(self.graph(arch)), self.widths)
+        return RecurrentNetwork(canonical(self.graph(arch)), self.widths, self.reservoir)
 
     def benchmark(self, arch: tuple[Node, ...]) -> nn.Module:
         """With the word embedding, whose weights the decoder shares."""
@@ -1110,10 +1111,10 @@ class NBNLP(SearchSpace):
 class RecurrentNetwork(nn.Module):
     """Layers with locked dropout, one mask over time, after each: .25 between layers, .1 at the end."""
 
-    def __init__(self, graph: Graph, widths: tuple[int, ...]):
+    def __init__(self, graph: Graph, widths: tuple[int, ...], reservoir: bool = False):
         super().__init__()
         self.width = widths[0]
-        self.layers = nn.ModuleList(RecurrentLayer(graph, c_in, hidden) for c_in, hidden in pairwise(widths))
+        self.layers = nn.ModuleList(RecurrentLayer(graph, c_in, hidden, reservoir) for c_in, hidden in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, widths[0]) -> (B, T, widths[-1])
         for i, layer in enumerate(self.layers):
@@ -1124,14 +1125,15 @@ class RecurrentNetwork(nn.Module):
 
 
 class RecurrentLayer(nn.Module):
-    """A recipe's graph run over a sequence, hidden states from zero. Weight drop .1 on all matrices but those of x."""
+    """A recipe's graph run over a sequence, hidden states from zero. Weight drop .1 on all matrices but those of x, which
+    are the only ones that are trained in a `reservoir`."""
     OPS: dict[str, Callable[..., Tensor]] = {
         "activation_tanh": torch.tanh, "activation_sigm": torch.sigmoid, "activation_leaky_relu": F.leaky_relu,
         "elementwise_sum": torch.add, "elementwise_prod": torch.mul,
         "blend 0": lambda a: a, "blend 1": lambda a: a, "blend 2": lambda a: a,
     }
 
-    def __init__(self, graph: Graph, c_in: int, hidden: int):
+    def __init__(self, graph: Graph, c_in: int, hidden: int, reservoir: bool = False):
         super().__init__()
         self.graph, self.hidden = graph, hidden
         bound = 1 / math.sqrt(hidden)
@@ -1139,7 +1141,8 @@ class RecurrentLayer(nn.Module):
         for i, (op, inputs) in enumerate(graph):
             if op == "linear":
                 for j in inputs:
-                    self.weights[f"{i} {j}"] = nn.Parameter(torch.empty(hidden, hidden if j else c_in).uniform_(-bound, bound))
+                    self.weights[f"{i} {j}"] = nn.Parameter(torch.empty(hidden, hidden if j else c_in).uniform_(-bound, bound),
+                                                           requires_grad=not (j and reservoir))
                 self.biases[str(i)] = nn.Parameter(torch.empty(hidden).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, c_in) -> (B, T, hidden)

@@ -672,6 +672,23 @@ def test_recurrent_layer_by_hand():
         torch.testing.assert_close(layer(x)[:, t], h0, atol=1e-5, rtol=1e-5)
 
 
+def test_reservoir():
+    """The same network, of which training leaves the recurrent matrices as they were drawn."""
+    trained, outputs = {}, []
+    for reservoir in (False, True):
+        space = NBNLP((6, 8, 6), reservoir)
+        torch.manual_seed(0)
+        network = space.build(space.random(random.Random(3)))
+        before = {name: p.clone() for name, p in network.named_parameters()}
+        outputs.append(network.eval()(torch.ones(2, 3, 6)).detach())
+        optimizer = gennas.adam(network.train(), Settings())
+        network(torch.ones(2, 3, 6)).square().mean().backward()
+        optimizer.step()
+        trained[reservoir] = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+        recurrent = {name for name in before if ".weights." in name and not name.endswith(" 0")}
+    assert torch.equal(*outputs) and recurrent and recurrent <= trained[False] == trained[True] | recurrent and not recurrent & trained[True]
+
+
 def test_recipe_keys():
     space = NBNLP()
     key_of = lambda recipe: space.key(space.parse(json.dumps(recipe)))
@@ -1326,7 +1343,7 @@ def test_search_within_limits(run, tmp_path):
 
 
 def test_recurrent_command_line(capsys, monkeypatch):
-    monkeypatch.setitem(search_spaces.SPACES, "nbnlp", lambda: NBNLP(widths=(6, 8, 6)))
+    monkeypatch.setitem(search_spaces.SPACES, "nbnlp", lambda **sizes: NBNLP((6, 8, 6), **sizes))
     base = ["--space", "nbnlp", "--steps", "2", "--workers", "1", "--json"]
     gennas.main([*base, "--population", "3", "--tournament", "2", "--cycles", "3"])
     result = last_json(capsys.readouterr().out)
