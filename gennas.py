@@ -1006,9 +1006,9 @@ def search(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, label
 
 
 def search_task(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
-    """Regularized evolution over tasks of the kind of `task`. A task's loss is 1 - |rho| on the first --limit labels (paper, 3.4); rho on the
-    other labels tells whether the task that was found is good for more than these."""
-    limit = args.limit or len(labels)
+    """Regularized evolution over tasks of the kind of `task`. A task's loss is 1 - |rho| on the first --limit labels (paper,
+    3.4); rho on the other labels tells whether the task that was found is good for more than these."""
+    limit = min(args.limit or len(labels), len(labels))
 
     def rhos(tasks: list[Task | RnnTask], labels: list) -> list[float]:
         archs, values = zip(*labels)
