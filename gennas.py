@@ -933,7 +933,7 @@ def plot_signals(parts: list[Part], images: Tensor | None, seed: int, path: str,
     for (label, maps), line in zip(rows, axes):
         for column, ax in enumerate(line):
             sample, channel = divmod(column, min(count, maps.shape[1]))
-            ax.imshow(maps[sample, channel].numpy(), cmap="RdBu", aspect="auto", vmin=-maps.abs().max(), vmax=maps.abs().max())
+            ax.imshow(maps[sample, channel].numpy(), cmap="RdBu_r", aspect="auto", vmin=-maps.abs().max(), vmax=maps.abs().max())
             ax.set(xticks=[], yticks=[])
             if ax in axes[0]:
                 ax.set_title(f"sample {sample + 1}\nchannel {channel + 1}", fontsize=8)
