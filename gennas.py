@@ -497,7 +497,7 @@ EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
     "paper": {"nbnlp": ({}, {"reservoir": True})},
     "fast": {
         "nb201": ({"steps": 44, "side": 32}, {"width": 4, "cells": 3}),
-        "nbnlp": ({"steps": 24}, {"reservoir": True}),
+        "nbnlp": ({}, {"reservoir": True}),
         **dict.fromkeys(search_spaces.CELL_SPACES, ({"steps": 32}, {})),
         **dict.fromkeys(("resnet", "resnext"), ({"steps": 24}, {})),
     },

@@ -25,8 +25,8 @@ import random
 import re
 import sys
 from functools import partial
-from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise, product
+from graphlib import TopologicalSorter
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 
@@ -117,11 +117,9 @@ def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor], zero: 
 
 
 # ------------------------------------------------------------------------------------------------------- operations
-def conv(c_in: int, c_out: int, kernel: int | tuple[int, int], stride: Any = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A convolution without bias that keeps the map's size but for the stride."""
-    height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-    padding = dilation * (height - 1) // 2, dilation * (width - 1) // 2
-    return nn.Conv2d(c_in, c_out, (height, width), stride, padding, dilation, groups, bias=False)
+    return nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel - 1) // 2, dilation, groups, bias=False)
 
 
 def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -136,16 +134,11 @@ def relu_conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, bn: Callab
     return nn.Sequential(nn.ReLU(), conv(c_in, c_out, kernel, stride), bn(c_out))
 
 
-class Sum(nn.Module):
-    """The sum of what its branches make of the input."""
-
-    def __init__(self, *branches: nn.Module):
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
+class Sum(nn.Sequential):
+    """The sum of what its two branches make of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *others = (branch(x) for branch in self.branches)
-        return sum(others, start=first)
+        return self[0](x) + self[1](x)
 
 
 class FactorizedReduction(nn.Module):
@@ -159,15 +152,6 @@ class FactorizedReduction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H/2, W/2)
         x = F.relu(x)
         return self.bn(torch.cat([self.halves[0](x), self.halves[1](x[:, :, 1:, 1:])], 1))
-
-
-class Zero(nn.Module):
-    def __init__(self, stride: int):
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0 * x[:, :, ::self.stride, ::self.stride]
 
 
 # The operations of cells: each function gives a constructor(channels, stride).
@@ -191,14 +175,15 @@ def twice(op: Op) -> Op:
     return lambda c, stride: nn.Sequential(op(c, stride), op(c, 1))
 
 
-def factorized(kernel: int) -> Op:
+def factorized(k: int) -> Op:
     """ReLU, a row and a column of the kernel, batch norm."""
-    return lambda c, stride: nn.Sequential(nn.ReLU(), conv(c, c, (1, kernel), (1, stride)), conv(c, c, (kernel, 1), (stride, 1)), nn.BatchNorm2d(c))
+    return lambda c, stride: nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, (1, k), (1, stride), (0, k // 2), bias=False),
+                                           nn.Conv2d(c, c, (k, 1), (stride, 1), (k // 2, 0), bias=False), nn.BatchNorm2d(c))
 
 
 OPS: dict[str, Op] = {
     "node": lambda c, stride: nn.Identity(), "output": lambda c, stride: nn.Identity(),  # a sum and nothing else
-    "none": lambda c, stride: Zero(stride),
+    "none": lambda c, stride: nn.Sequential(nn.AvgPool2d(1, stride), nn.Threshold(math.inf, 0)),  # zero
     "bias": lambda c, stride: nn.BatchNorm2d(c),  # all that is left of a plain convolution of zeros
     "skip_connect": lambda c, stride: nn.Identity() if stride == 1 else FactorizedReduction(c, c),
     "avg_pool_3x3": lambda c, stride: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
@@ -213,6 +198,9 @@ OPS: dict[str, Op] = {
 
 
 # --------------------------------------------------------------------------------------------- what all spaces share
+TRIES = 1000  # of a mutation, before an architecture counts as one without neighbours
+
+
 class SearchSpace:
     """Mutation, reading and counting, for a space that has
 
@@ -229,15 +217,19 @@ class SearchSpace:
     def parse(self, text: str) -> Any:
         try:
             return self.read(text.strip())
-        except (AttributeError, IndexError, KeyError, RecursionError, SyntaxError, TypeError, ValueError):
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
             raise ValueError(f"not a network of {self.name}: {text.strip()[:60]!r}; right is {self.spelling}") from None
 
     def mutate(self, arch: Any, rng: random.Random) -> Any:
         key = self.key(arch)
-        while True:
+        for _ in range(TRIES):
             child = self.neighbour(arch, rng)
             if self.key(child) != key:
                 return child
+        raise ValueError(f"no neighbour that differs was found of {self.format(arch)}")
+
+    def key(self, arch: Any) -> str:
+        return spell(self.graph(arch))
 
     def params(self, arch: Any) -> int:
         with torch.device("meta"):
@@ -250,31 +242,22 @@ class SearchSpace:
         return counter.get_total_flops()
 
 
-class Stages(nn.Module):
+class Stages(nn.Sequential):
     """Stages one after the other; the taps are the ends of the last three."""
 
-    def __init__(self, *stages: nn.Module):
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-
     def forward(self, x: Tensor) -> list[Tensor]:
-        taps = []
-        for stage in self.stages:
-            x = stage(x)
-            taps.append(x)
-        return taps[-3:]
+        return list(accumulate(self, lambda x, stage: stage(x), initial=x))[-3:]
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Sequential):
     """The benchmark's network: the last tap, `tail`, global average, a linear layer."""
 
     def __init__(self, body: nn.Module, width: int, classes: int = 10, tail: Iterable[nn.Module] = ()):
-        super().__init__()
-        self.body = body
-        self.tail = nn.Sequential(*tail, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+        super().__init__(body, *tail, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tail(self.body(x)[-1])
+        body, *tail = self
+        return nn.Sequential(*tail)(body(x)[-1])
 
 
 def normal_init(network: nn.Module) -> nn.Module:
@@ -290,7 +273,7 @@ def is_whole(value: Any, low: int = 1) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def replaced(values: tuple, place: int, value: Any) -> tuple:
@@ -347,21 +330,18 @@ class NB101(SearchSpace):
                 return child
 
     def valid(self, arch: NB101Cell) -> bool:
-        graph = self.pruned(arch)
+        graph = self.graph(arch, whole=True)
         return bool(graph[-1].inputs) and sum(len(vertex.inputs) for vertex in graph) <= self.EDGES
 
-    def pruned(self, arch: NB101Cell) -> Graph:
-        """The vertices on a path from the input to the output, in the order given."""
+    def graph(self, arch: NB101Cell, whole: bool = False) -> Graph:
+        """The vertices on a path from the input to the output (`whole`: in the order given)."""
         graph, place = [Vertex("input")], {0: 0}
         for j, op in enumerate(arch.ops[1:], start=1):
             inputs = tuple(place[i] for i in range(j) if arch.matrix[i][j] and i in place)
             if inputs or op == "output":
                 place[j] = len(graph)
                 graph.append(Vertex(op, inputs))
-        return live(graph)
-
-    def key(self, arch: NB101Cell) -> str:
-        return spell(canonical(self.pruned(arch)))
+        return live(graph) if whole else canonical(live(graph))
 
     def read(self, text: str) -> NB101Cell:
         matrix, ops = json.loads(text)
@@ -376,10 +356,10 @@ class NB101(SearchSpace):
         return json.dumps(arch)
 
     def build(self, arch: NB101Cell) -> nn.Module:
-        return self.network(canonical(self.pruned(arch)), self.width, self.cells)
+        return self.network(self.graph(arch), self.width, self.cells)
 
     def benchmark(self, arch: NB101Cell) -> nn.Module:
-        return Classifier(self.network(self.pruned(arch), 128, 3), 4 * 128)
+        return Classifier(self.network(self.graph(arch, whole=True), 128, 3), 4 * 128)
 
     def network(self, graph: Graph, width: int, cells: int) -> nn.Module:
         entries = conv_bn_relu(3, width, 3), nn.MaxPool2d(2), nn.MaxPool2d(2)
@@ -403,17 +383,15 @@ class NB101Block(nn.Module):
             if j not in self.joined:
                 self.channels[j] = max(self.channels[i] for i in range(j, last) if j in graph[i].inputs)
         self.ops = nn.ModuleList(OPS[graph[j].op](self.channels[j], 1) for j in range(1, last))
-        self.projections = nn.ModuleDict({str(j): conv_bn_relu(c_in, self.channels[j], 1) for j in range(1, last + 1) if 0 in graph[j].inputs})
+        self.projections = nn.ModuleList(conv_bn_relu(c_in, c, 1) if 0 in vertex.inputs else None for vertex, c in zip(graph, self.channels))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W)
         maps = [x]
         for j, op in enumerate(self.ops, start=1):
-            first, *others = [maps[i][:, :self.channels[j]] if i else self.projections[str(j)](x) for i in self.graph[j].inputs]
+            first, *others = [maps[i][:, :self.channels[j]] if i else self.projections[j](x) for i in self.graph[j].inputs]
             maps.append(op(sum(others, start=first)))
-        output = [torch.cat([maps[j] for j in self.joined], 1)] if self.joined else []
-        if 0 in self.graph[-1].inputs:
-            output.append(self.projections[str(len(self.graph) - 1)](x))
-        return sum(output[1:], start=output[0])
+        joined = torch.cat([maps[j] for j in self.joined], 1) if self.joined else 0
+        return joined + self.projections[-1](x) if self.projections[-1] else joined
 
 
 # ---------------------------------------------------------------------------------------------------- NAS-Bench-201
@@ -437,9 +415,7 @@ class NB201(SearchSpace):
         "420213": 91.3733, "300340": 91.98, "011322": 92.26, "202330": 92.7133, "340133": 93.64,
     }
 
-    @property
-    def labels(self) -> list[tuple[tuple[str, ...], float]]:
-        return [(tuple(self.OPS[int(digit)] for digit in digits), value) for digits, value in self.ACCURACIES.items()]
+    labels = property(lambda self: [(tuple(self.OPS[int(digit)] for digit in digits), value) for digits, value in self.ACCURACIES.items()])
 
     def __init__(self, width: int = 16, cells: int = 5):
         self.width, self.cells = width, cells
@@ -451,25 +427,18 @@ class NB201(SearchSpace):
         edge = rng.randrange(len(arch))
         return replaced(arch, edge, another(self.OPS, arch[edge], rng))
 
-    def live_graph(self, arch: tuple[str, ...]) -> Graph:
-        """The canonical graph of what has an effect; a skip is resolved to what it carries."""
+    def graph(self, arch: tuple[str, ...], whole: bool = False) -> Graph:
+        """The canonical graph of what has an effect, a skip resolved to what it carries (`whole`: every edge's operation)."""
         graph = [Vertex("input")]
         nodes: list[tuple[int, ...]] = [(0,), (), (), ()]  # the vertices whose sum a node is
         for (source, target), op in zip(self.EDGES, arch):
-            if op == "skip_connect":
+            if op == "skip_connect" and not whole:
                 nodes[target] += nodes[source]
-            elif op != "none" and nodes[source]:
+            elif whole or op != "none" and nodes[source]:
                 nodes[target] += (len(graph),)
                 graph.append(Vertex(op, nodes[source]))
-        return canonical(live([*graph, Vertex("output", nodes[3])]))
-
-    def full_graph(self, arch: tuple[str, ...]) -> Graph:
-        """Every edge's operation, as the benchmark runs them."""
-        into = {node: tuple(i + 1 for i, (_, target) in enumerate(self.EDGES) if target == node) or (0,) for node in range(4)}
-        return (Vertex("input"), *(Vertex(op, into[source]) for (source, _), op in zip(self.EDGES, arch)), Vertex("output", into[3]))
-
-    def key(self, arch: tuple[str, ...]) -> str:
-        return spell(self.live_graph(arch))
+        graph.append(Vertex("output", nodes[3]))
+        return tuple(graph) if whole else canonical(live(graph))
 
     def read(self, text: str) -> tuple[str, ...]:
         template, ops = (self.NAMES, {op: op for op in self.OPS}) if text[0] == "|" else (self.NUMBERS, dict(zip("01234", self.OPS)))
@@ -481,16 +450,13 @@ class NB201(SearchSpace):
 
     def build(self, arch: tuple[str, ...]) -> nn.Module:
         """Batch norms in the cells have no affine parameters and no running statistics, as in the code of GenNAS's authors."""
-        def plain(c: int) -> nn.Module:
-            return nn.BatchNorm2d(c, affine=False, track_running_stats=False)
-
-        graph = self.live_graph(arch)
+        graph, bn = self.graph(arch), partial(nn.BatchNorm2d, affine=False, track_running_stats=False)
         if not graph[-1].inputs:
-            return Nothing(self.width, 2 * self.width, 4 * self.width)
-        return self.network(graph, self.width, self.cells, OPS | {"nor_conv_1x1": relu_conv(1, plain), "nor_conv_3x3": relu_conv(3, plain)})
+            return Nothing(self.width)
+        return self.network(graph, self.width, self.cells, OPS | {"nor_conv_1x1": relu_conv(1, bn), "nor_conv_3x3": relu_conv(3, bn)})
 
     def benchmark(self, arch: tuple[str, ...]) -> nn.Module:
-        return Classifier(self.network(self.full_graph(arch), 16, 5, OPS), 64, tail=(nn.BatchNorm2d(64), nn.ReLU()))
+        return Classifier(self.network(self.graph(arch, whole=True), 16, 5, OPS), 64, tail=(nn.BatchNorm2d(64), nn.ReLU()))
 
     def network(self, graph: Graph, width: int, cells: int, ops: dict[str, Op]) -> nn.Module:
         widths = width, 2 * width, 4 * width
@@ -516,12 +482,12 @@ class NB201Cell(nn.Module):
 class Nothing(nn.Module):
     """A dead network: its taps are zero."""
 
-    def __init__(self, *widths: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.widths = widths
+        self.width = width
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [x.new_zeros(len(x), c, x.shape[2] >> i, x.shape[3] >> i) for i, c in enumerate(self.widths)]
+        return [x.new_zeros(len(x), self.width << i, x.shape[2] >> i, x.shape[3] >> i) for i in range(3)]
 
 
 # -------------------------------------------------------------------------------------------------- NAS-Bench-Macro
@@ -563,13 +529,13 @@ class NBMacro(SearchSpace):
         return Classifier(self.network(arch, 32, first_stride=2), 1280, tail=[conv_bn_relu(256, 1280, 1)])
 
     def network(self, arch: str, width: int, first_stride: int) -> nn.Module:
-        stages = []
-        for number, stage in enumerate(self.key(arch).split()):
-            c_in, c_out, stride = width << number, width << number + 1, 2 if number else first_stride
-            layers = [conv_bn_relu(3, width, 3)] if not number else []
-            layers += [self.layer(digit, *((c_in, c_out, stride) if not i else (c_out, c_out, 1))) for i, digit in enumerate(stage)]
-            stages.append(nn.Sequential(*layers))
-        return Stages(*stages)
+        stages, c_in = [[conv_bn_relu(3, width, 3)], [], []], width
+        for number, (layers, digits) in enumerate(zip(stages, self.key(arch).split())):
+            c_out, stride = 2 * c_in, 2 if number else first_stride
+            for digit in digits:
+                layers.append(self.layer(digit, c_in, c_out, stride))
+                c_in, stride = c_out, 1
+        return Stages(*(nn.Sequential(*layers) for layers in stages))
 
     def layer(self, digit: str, c_in: int, c_out: int, stride: int) -> nn.Module:
         if digit == "0":
@@ -596,22 +562,14 @@ class CellNet(NamedTuple):
     depth: int
 
 
-class CellSpace(NamedTuple):
-    """What differs between the cell spaces: nodes of a cell, whether the output has all of them or only the loose ends,
-    the nodes that feed no other, and the operations."""
-    nodes: int
-    loose_ends: bool
-    ops: tuple[str, ...]
-
-
 POOLS_AND_SEPARABLES = ("skip_connect", "avg_pool_3x3", "max_pool_3x3", "sep_conv_3x3", "sep_conv_5x5")
-CELL_SPACES = {
-    "darts": CellSpace(4, False, ("none", *POOLS_AND_SEPARABLES, "dil_conv_3x3", "dil_conv_5x5")),
-    "enas": CellSpace(5, True, POOLS_AND_SEPARABLES),
-    "pnas": CellSpace(5, False, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "dil_conv_3x3", "conv_7x1_1x7")),
-    "nasnet": CellSpace(5, True, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "max_pool_5x5", "max_pool_7x7", "conv_1x1", "conv_3x3",
-                                  "conv_3x1_1x3", "conv_7x1_1x7", "dil_conv_3x3")),
-    "amoeba": CellSpace(5, True, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "dil_sep_conv_3x3", "conv_7x1_1x7")),
+CELL_SPACES = {  # nodes of a cell; whether the output has only the loose ends, the nodes that feed no other; the operations
+    "darts": (4, False, ("none", *POOLS_AND_SEPARABLES, "dil_conv_3x3", "dil_conv_5x5")),
+    "enas": (5, True, POOLS_AND_SEPARABLES),
+    "pnas": (5, False, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "dil_conv_3x3", "conv_7x1_1x7")),
+    "nasnet": (5, True, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "max_pool_5x5", "max_pool_7x7", "conv_1x1", "conv_3x3",
+                         "conv_3x1_1x3", "conv_7x1_1x7", "dil_conv_3x3")),
+    "amoeba": (5, True, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "dil_sep_conv_3x3", "conv_7x1_1x7")),
 }
 
 
@@ -651,55 +609,44 @@ class Cells(SearchSpace):
 
     def neighbour(self, arch: CellNet, rng: random.Random) -> CellNet:
         """Another operation or another input in one place, or another width or depth."""
+        what, cell, i = rng.choice([*product(("op", "input"), range(2), range(2 * self.nodes)), *[("width", 0, 0), ("depth", 0, 0)] * (not self.fixed)])
+        if what in ("width", "depth"):
+            return arch._replace(**{what: another(getattr(self, what + "s"), getattr(arch, what), rng)})
         cells = [arch.genotype.normal, arch.genotype.reduce]
-        places = list(product(("op", "input"), range(2), range(2 * self.nodes))) + [("width", 0, 0), ("depth", 0, 0)] * (not self.fixed)
-        what, cell, i = rng.choice(places)
-        if what == "width":
-            return arch._replace(width=another(self.widths, arch.width, rng))
-        if what == "depth":
-            return arch._replace(depth=another(self.depths, arch.depth, rng))
         op, source = cells[cell][i]
         pair = (another(self.ops, op, rng), source) if what == "op" else (op, another(range(2 + i // 2), source, rng))
         cells[cell] = replaced(cells[cell], i, pair)
         return arch._replace(genotype=self.genotype(*cells))
 
-    def full_graph(self, pairs: tuple, concat: tuple[int, ...], reduction: bool) -> Graph:
-        """Every operation, as the benchmark runs them, of either cell. Vertices 0 and 1 are the inputs."""
-        graph, node = [Vertex("input 0"), Vertex("input 1")], [0, 1]
-        for i in range(0, len(pairs), 2):
-            graph += [Vertex(op, (node[source],)) for op, source in pairs[i:i + 2]]
-            node.append(len(graph))
-            graph.append(Vertex("node", (len(graph) - 2, len(graph) - 1)))
-        return *graph, Vertex("concat", tuple(node[j] for j in concat))
-
-    def live_graph(self, pairs: tuple, concat: tuple[int, ...], reduction: bool) -> Graph:
-        """The canonical graph of what has an effect. A skip is resolved to what it carries, except a strided one, which
-        is an operation; of a zero, pools are zero too, while a convolution's batch norm still adds its bias (and the second
-        half of a separable one makes something of it)."""
-        graph = [Vertex("input 0"), Vertex("input 1")]
-        terms: list[tuple[int, ...]] = [(0,), (1,)]  # the vertices whose sum a node is
-        for i in range(0, len(pairs), 2):
-            total: tuple[int, ...] = ()
-            for op, source in pairs[i:i + 2]:
-                if op == "skip_connect" and not (reduction and source < 2):
-                    total += terms[source]
-                elif op != "none" and (terms[source] or "conv" in op):
-                    total += (len(graph),)
-                    graph.append(Vertex(op if terms[source] or op.startswith("sep") else "bias", terms[source]))
-            terms.append(total)
-        first = len(graph)
-        graph += [Vertex("node", terms[j]) for j in concat]
-        return canonical(live([*graph, Vertex("concat", tuple(range(first, len(graph))))]))
-
-    def graphs(self, arch: CellNet, graph: Callable[..., Graph]) -> list[Graph]:
-        """Of the normal and the reduction cell."""
-        return [graph(arch.genotype.normal, arch.genotype.normal_concat, False), graph(arch.genotype.reduce, arch.genotype.reduce_concat, True)]
+    def graphs(self, arch: CellNet, whole: bool = False) -> list[Graph]:
+        """Of the normal and the reduction cell: the canonical graph of what has an effect (`whole`: every operation). A skip
+        is resolved to what it carries, except a strided one, which is an operation; of a zero, pools are zero too, while a
+        convolution's batch norm still adds its bias (and the second half of a separable one makes something of it)."""
+        graphs = []
+        for reduction, (pairs, concat) in enumerate((arch.genotype[:2], arch.genotype[2:])):
+            graph, nodes = [Vertex("input 0"), Vertex("input 1")], [(0,), (1,)]  # nodes: the vertices whose sum a node is
+            for i, (op, source) in enumerate(pairs):
+                if i % 2 == 0:
+                    nodes.append(())
+                if op == "skip_connect" and not whole and not (reduction and source < 2):
+                    nodes[-1] += nodes[source]
+                elif whole or op != "none" and (nodes[source] or "conv" in op):
+                    nodes[-1] += (len(graph),)
+                    graph.append(Vertex(op if nodes[source] or op.startswith("sep") else "bias", nodes[source]))
+            first = len(graph)
+            graph += [Vertex("node", nodes[j]) for j in concat]
+            graph.append(Vertex("concat", tuple(range(first, len(graph)))))
+            graphs.append(tuple(graph) if whole else canonical(live(graph)))
+        return graphs
 
     def key(self, arch: CellNet) -> str:
-        graphs = self.graphs(arch, self.live_graph)
-        reduced = needed_cells(graphs, arch.depth).intersection(reduction_cells(arch.depth))
-        used = graphs if reduced else graphs[:1]  # where no reduction cell reaches a tap, it does not matter what it is
-        return "|".join([*map(spell, used), str(arch.width), str(arch.depth)])
+        """Both cells, width and depth; where cells are left out, not the depth, but the chain of those that reach a tap."""
+        graphs = self.graphs(arch)
+        reductions, taps, needed = layout(graphs, arch.depth)
+        used = graphs if needed.intersection(reductions) else graphs[:1]  # where no reduction cell reaches a tap, it does not matter what it is
+        place = {cell: number for number, cell in enumerate(sorted(needed))}
+        chain = [(cell in reductions, cell in taps, *(place[cell - 2 + j] for j in inputs_read(graphs[cell in reductions]) if cell >= 0)) for cell in place]
+        return "|".join([*map(spell, used), str(arch.width), str(arch.depth if needed.issuperset(range(arch.depth)) else chain)])
 
     def read(self, text: str) -> CellNet:
         """From an NDS net dict, or from the text `Genotype(...)`, which has the fixed width and depth."""
@@ -716,7 +663,7 @@ class Cells(SearchSpace):
             require(all(op in self.ops and is_whole(source, 0) and source < 2 + i // 2 for i, (op, source) in enumerate(pairs)))
         arch = CellNet(self.genotype(*cells), width, depth)
         for concat in ("normal_concat", "reduce_concat"):
-            require(len(genotype[concat]) <= self.nodes and tuple(genotype[concat]) == getattr(arch.genotype, concat))
+            require(len(genotype[concat]) <= self.nodes and tuple(sorted(genotype[concat])) == getattr(arch.genotype, concat))
         require(is_whole(width) and width in self.widths and is_whole(depth) and depth in self.depths)
         return arch
 
@@ -724,10 +671,10 @@ class Cells(SearchSpace):
         return str(arch.genotype) if self.fixed else json.dumps({"genotype": arch.genotype._asdict(), "width": arch.width, "depth": arch.depth})
 
     def build(self, arch: CellNet) -> nn.Module:
-        return CellNetwork(self.graphs(arch, self.live_graph), arch.width, arch.depth, self.imagenet)
+        return CellNetwork(self.graphs(arch), arch.width, arch.depth, self.imagenet)
 
     def benchmark(self, arch: CellNet) -> nn.Module:
-        network = CellNetwork(self.graphs(arch, self.full_graph), arch.width, arch.depth, self.imagenet, whole=True)
+        network = CellNetwork(self.graphs(arch, whole=True), arch.width, arch.depth, self.imagenet, whole=True)
         return Classifier(network, network.out_width, 1000 if self.imagenet else 10)
 
 
@@ -738,27 +685,20 @@ def literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def inputs_read(graph: Graph) -> set[int]:
-    return {j for vertex in graph for j in vertex.inputs if j < 2}
+def inputs_read(graph: Graph) -> list[int]:
+    """Those of the inputs 0 and 1 that a cell reads."""
+    return sorted({j for vertex in graph for j in vertex.inputs if j < 2})
 
 
-def reduction_cells(depth: int) -> tuple[int, int]:
-    return depth // 3, 2 * depth // 3
-
-
-def tapped_cells(depth: int) -> tuple[int, int, int]:
-    """The cells whose outputs are the taps: the last before each reduction cell, and the last of all."""
-    first, second = reduction_cells(depth)
-    return first - 1, second - 1, depth - 1
-
-
-def needed_cells(graphs: list[Graph], depth: int) -> set[int]:
-    """The cells whose output reaches a tap; below 0, the stem's two outputs."""
-    needed = set(tapped_cells(depth))
+def layout(graphs: list[Graph], depth: int) -> tuple[tuple[int, ...], tuple[int, ...], set[int]]:
+    """The reduction cells; the tapped cells, before these and at the end; all whose output reaches a tap (below 0: the stem's)."""
+    reductions = depth // 3, 2 * depth // 3
+    taps = *(i - 1 for i in reductions), depth - 1
+    needed = set(taps)
     for i in reversed(range(depth)):
         if i in needed:
-            needed |= {i - 2 + j for j in inputs_read(graphs[i in reduction_cells(depth)])}
-    return needed
+            needed |= {i - 2 + j for j in inputs_read(graphs[i in reductions])}
+    return reductions, taps, needed
 
 
 class CellNetwork(nn.Module):
@@ -778,30 +718,28 @@ class CellNetwork(nn.Module):
                 relu_conv_bn(width, width, 3, stride)])
         else:
             self.stem = nn.ModuleList([conv_bn(3, 3 * width, 3), nn.Identity()])
-        self.taps = tapped_cells(depth)
-        needed = range(-2, depth) if whole else needed_cells(graphs, depth)
-        self.stem_outputs = [i for i in (-2, -1) if i in needed]
-        self.cells = nn.ModuleDict()
+        reductions, self.taps, needed = layout(graphs, depth)
+        self.needed = set(range(-2, depth)) if whole else needed
+        self.cells = nn.ModuleList()  # None for a cell that is left out
         c_before = c_last = width if imagenet else 3 * width
         last_reduced = imagenet and whole
         for i in range(depth):
-            reduction = i in reduction_cells(depth)
+            reduction = i in reductions
             width *= 1 + reduction
-            graph = graphs[reduction]
-            if i in needed:
-                self.cells[str(i)] = TwoInputCell(graph, c_before, c_last, width, last_reduced, reduction, whole)
-            c_before, c_last, last_reduced = c_last, width * len(graph[-1].inputs), reduction
+            self.cells.append(TwoInputCell(graphs[reduction], c_before, c_last, width, last_reduced, reduction, whole) if i in self.needed else None)
+            c_before, c_last, last_reduced = c_last, width * len(graphs[reduction][-1].inputs), reduction
         self.out_width = c_last
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = {-2: self.stem[0](x)} if self.stem_outputs else {}
-        if -1 in self.stem_outputs:
-            maps[-1] = self.stem[1](maps[-2])
-        side = x.shape[-1]
-        for name, cell in self.cells.items():
-            i = int(name)
-            maps[i] = cell(maps.get(i - 2), maps.get(i - 1), x, side >> sum(i > tap for tap in self.taps[:2]))
-        return [maps[i] for i in self.taps]
+        before = self.stem[0](x) if not self.needed.isdisjoint((-2, -1)) else None
+        last = self.stem[1](before) if -1 in self.needed else None
+        maps, side = [], x.shape[-1]
+        for i, cell in enumerate(self.cells):
+            before, last = last, cell and cell(before, last, x.new_zeros(len(x), cell.width, side, side))
+            if i in self.taps:
+                maps.append(last)
+                side //= 2
+        return maps
 
 
 class TwoInputCell(nn.Module):
@@ -811,16 +749,14 @@ class TwoInputCell(nn.Module):
         super().__init__()
         self.graph, self.width = graph, width
         before = FactorizedReduction(c_before, width) if last_reduced else relu_conv_bn(c_before, width, 1)
-        read = {0, 1} if whole else inputs_read(graph)
-        self.prepare = nn.ModuleDict({str(j): module for j, module in enumerate((before, relu_conv_bn(c_last, width, 1))) if j in read})
-        strides = [2 if reduction and vertex.inputs and max(vertex.inputs) < 2 else 1 for vertex in graph]
-        self.ops = nn.ModuleList(OPS[vertex.op](width, stride) for vertex, stride in list(zip(graph, strides))[2:-1])
+        read = (0, 1) if whole else inputs_read(graph)
+        self.prepare = nn.ModuleList(module if j in read else None for j, module in enumerate((before, relu_conv_bn(c_last, width, 1))))
+        self.ops = nn.ModuleList(OPS[op](width, 2 if reduction and inputs and max(inputs) < 2 else 1) for op, inputs in graph[2:-1])
 
-    def forward(self, before: Tensor | None, last: Tensor | None, images: Tensor, side: int) -> Tensor:
+    def forward(self, before: Tensor | None, last: Tensor | None, zero: Tensor) -> Tensor:
         """(B, c_before, H', W'), (B, c_last, H, W) -> (B, n width, side, side). An input that the cell ignores may be None;
-        `images` gives the batch, the device and the type of a node's map that is zero."""
-        inputs = [self.prepare[str(j)](x) if str(j) in self.prepare else None for j, x in enumerate((before, last))]
-        zero = None if all(vertex.inputs for vertex in self.graph[2:]) else images.new_zeros(len(images), self.width, side, side)
+        `zero` is the map of a node that sums nothing."""
+        inputs = [prepare and prepare(x) for prepare, x in zip(self.prepare, (before, last))]
         maps = run_graph(self.graph, self.ops, inputs, zero)
         return torch.cat([maps[j] for j in self.graph[-1].inputs], 1)
 
@@ -836,24 +772,11 @@ class ResidualNet(NamedTuple):
     num_gs: tuple[int, ...]  # groups of the 3x3 convolution, likewise
 
 
-class ResidualSpace(NamedTuple):
-    """What differs between the residual spaces: the blocks that records may have (the first is drawn), and the values."""
-    blocks: tuple[str, ...]
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
-    multipliers: tuple[float, ...]
-    groups: tuple[int, ...]
-    strides: dict[bool, tuple[int, ...]]  # of the CIFAR and of the ImageNet network
-    stems: dict[bool, int]  # their widths
-    log_uniform: bool = False  # the draw of blocks and widths; else uniform
-
-
-RESNEXT = (1, 2, 4, 8, 16), (0.25, 0.5, 1.0), {False: (1, 1, 2, 2), True: (8, 1, 2, 2)}, {False: 16, True: 64}
-RESIDUAL_SPACES = {
-    "resnet": ResidualSpace(("res_basic_block", "double_plain_block"), tuple(range(1, 25)), tuple(range(16, 257, 8)), (), (),
-                            {False: (1, 1, 2, 2), True: (4, 1, 2, 2, 2)}, {False: 16, True: 16}, log_uniform=True),
-    "resnext-a": ResidualSpace(("res_bottleneck_block",), RESNEXT[0], (16, 32, 64, 128, 256), RESNEXT[1], (1, 2, 4), *RESNEXT[2:]),
-    "resnext-b": ResidualSpace(("res_bottleneck_block",), RESNEXT[0], (64, 128, 256, 512, 1024), RESNEXT[1], (1, 2, 4, 8, 16), *RESNEXT[2:]),
+RESNEXT = {"ds": (1, 2, 4, 8, 16), "ws": (), "bot_muls": (0.25, 0.5, 1.0), "num_gs": ()}
+RESIDUAL_SPACES = {  # field of the net dict -> its values
+    "resnet": {"ds": tuple(range(1, 25)), "ws": tuple(range(16, 257, 8)), "bot_muls": (), "num_gs": ()},
+    "resnext-a": RESNEXT | {"ws": (16, 32, 64, 128, 256), "num_gs": (1, 2, 4)},
+    "resnext-b": RESNEXT | {"ws": (64, 128, 256, 512, 1024), "num_gs": (1, 2, 4, 8, 16)},
 }
 
 
@@ -883,20 +806,21 @@ class Residual(SearchSpace):
 
     def __init__(self, kind: str, imagenet: bool = False):
         self.name = kind + "-in" * imagenet
-        self.values, self.imagenet = RESIDUAL_SPACES[kind], imagenet
+        self.choices, self.imagenet, self.plain = RESIDUAL_SPACES[kind], imagenet, kind == "resnet"
         self.side = 224 if imagenet else 32
-        self.strides, self.stem = self.values.strides[imagenet], self.values.stems[imagenet]
-        self.choices = {"ds": self.values.depths, "ws": self.values.widths, "bot_muls": self.values.multipliers, "num_gs": self.values.groups}
-        self.spelling = (f"an NDS net dict as JSON: block_type {' or '.join(self.values.blocks)}, ss {list(self.strides)}, and as many "
+        self.blocks = ("res_basic_block", "double_plain_block") if self.plain else ("res_bottleneck_block",)  # the first is drawn
+        self.strides = (1, 1, 2, 2) if not imagenet else (4, 1, 2, 2, 2) if self.plain else (8, 1, 2, 2)
+        self.stem = {"ds": 1, "ws": 64 if imagenet and not self.plain else 16, "bot_muls": 1.0, "num_gs": 1}
+        self.spelling = (f"an NDS net dict as JSON: block_type {' or '.join(self.blocks)}, ss {list(self.strides)}, and as many "
                          f"{', '.join(field for field, values in self.choices.items() if values)}, the first entry the stem's")
 
     def random(self, rng: random.Random) -> ResidualNet:
-        def draw(values: tuple, stem: Any) -> tuple:
-            weights = [1 / v for v in values] if self.values.log_uniform else None
-            return (stem, *rng.choices(values, weights, k=len(self.strides) - 1)) if values else ()
+        """Uniform; ResNet's blocks and widths log-uniform."""
+        def draw(field: str, values: tuple) -> tuple:
+            weights = [1 / v for v in values] if self.plain else None
+            return (self.stem[field], *rng.choices(values, weights, k=len(self.strides) - 1)) if values else ()
 
-        return ResidualNet(self.values.blocks[0], draw(self.values.depths, 1), draw(self.values.widths, self.stem), self.strides,
-                           draw(self.values.multipliers, 1.0), draw(self.values.groups, 1))
+        return ResidualNet(self.blocks[0], ss=self.strides, **{field: draw(field, values) for field, values in self.choices.items()})
 
     def neighbour(self, arch: ResidualNet, rng: random.Random) -> ResidualNet:
         """Another value in one place."""
@@ -907,8 +831,9 @@ class Residual(SearchSpace):
 
     def stages(self, arch: ResidualNet) -> list[tuple]:
         """Of each stage: blocks, width, stride, bottleneck width, groups; the last two only of bottleneck blocks."""
-        middle = [(round(w * m), g) for w, m, g in zip(arch.ws, arch.bot_muls, arch.num_gs)] or [(0, 0)] * len(arch.ds)
-        return [(d, w, s, *more) for d, w, s, more in zip(arch.ds, arch.ws, arch.ss, middle)][1:]
+        n = len(arch.ds)
+        stages = list(zip(arch.ds, arch.ws, arch.ss, arch.bot_muls or (0,) * n, arch.num_gs or (0,) * n))
+        return [(d, w, s, round(w * m), g) for d, w, s, m, g in stages[1:]]
 
     def key(self, arch: ResidualNet) -> str:
         return json.dumps([arch.block_type, arch.ws[0], arch.ss[0], self.stages(arch)])
@@ -916,12 +841,13 @@ class Residual(SearchSpace):
     def read(self, text: str) -> ResidualNet:
         net = json.loads(text)
         arch = ResidualNet(net["block_type"], *(tuple(net[field]) for field in ResidualNet._fields[1:]))._replace(ss=self.strides)
-        require(arch.block_type in self.values.blocks and tuple(net["ss"]) == self.strides)
+        require(arch.block_type in self.blocks and tuple(net["ss"]) == self.strides)
         for field, values in self.choices.items():
             listed = getattr(arch, field)
             require(len(listed) == (len(self.strides) if values else 0))
             require(all(map(is_finite if field == "bot_muls" else is_whole, listed)))
-            require(max(listed, default=0) <= max(values, default=0) if self.values.log_uniform else set(listed[1:]) <= set(values))
+            require(all(0 < value <= max(values) for value in listed) and (self.plain or set(listed[1:]) <= set(values)))
+        require(arch.ws[0] > 1)  # a stem may halve it
         return arch
 
     def format(self, arch: ResidualNet) -> str:
@@ -937,12 +863,12 @@ class Residual(SearchSpace):
         """`stem_stride`: of each layer of an ImageNet stem. The ReLU of a stage's last block opens the next stage."""
         stem = STEMS[arch.ss[0]](arch.ws[0], stem_stride)
         stages, c_in = [], arch.ws[0]
-        for blocks, c, stride, middle, groups in self.stages(arch):
+        for blocks, c, stride, *bottleneck in self.stages(arch):
             layers: list[nn.Module] = []
             for i in range(blocks):
-                layers += [nn.ReLU(), BLOCKS[arch.block_type](c_in, c, stride if not i else 1, middle, groups)]
-                c_in = c
+                layers += [nn.ReLU(), BLOCKS[arch.block_type](c_in if not i else c, c, stride if not i else 1, *bottleneck)]
             stages.append(nn.Sequential(*layers))
+            c_in = c
         stages[0] = nn.Sequential(*stem, *stages[0][1:])  # the stem ends in a ReLU or a pool of its own
         return normal_init(Stages(*stages))
 
@@ -1015,17 +941,10 @@ class NBNLP(SearchSpace):
         """The previous hidden states, one for each new one."""
         return [node.name.replace("new", "prev") for node in arch if node.name.startswith("h_new")]
 
-    def acyclic(self, arch: tuple[Node, ...]) -> bool:
-        try:
-            return bool(self.in_order(arch))
-        except CycleError:
-            return False
-
     def valid(self, arch: tuple[Node, ...]) -> bool:
         """As the benchmark's generator has it: everything used, no new hidden state that reads a previous one."""
         new = [node.name for node in arch if node.name.startswith("h_new")]
-        needed = {"x", *self.previous(arch), *(node.name for node in arch)}
-        return needed <= self.reached(arch, new) and not any(
+        return len(self.reached(arch, new)) == 1 + len(new) + len(arch) and not any(
             source.startswith("h_prev") for node in arch if node.name in new for source in node.inputs)
 
     def in_order(self, arch: tuple[Node, ...]) -> list[Node]:
@@ -1037,29 +956,30 @@ class NBNLP(SearchSpace):
         """Another activation, a sum for a product or the reverse, or another input in one place."""
         previous = self.previous(arch)
         valid = self.valid if self.valid(arch) else lambda child: True  # of a foreign recipe no more is asked than it has
-        while True:
+        for _ in range(TRIES):
             place = rng.randrange(len(arch))
             node = arch[place]
             kin = next((ops for ops in (self.ACTIVATIONS, ("elementwise_sum", "elementwise_prod")) if node.op in ops), ())
             if kin and (node.op in self.ACTIVATIONS or rng.random() < 0.5):
                 node = node._replace(op=another(kin, node.op, rng))
             else:
-                unread = [source for source in self.sources(node.op, arch, previous) if source not in node.inputs]
+                unread = [source for source in self.sources(node.op, arch, previous)
+                          if source not in node.inputs and node.name not in self.reached(arch, [source])]  # no cycle
                 if not unread:
                     continue
                 node = node._replace(inputs=replaced(node.inputs, rng.randrange(len(node.inputs)), rng.choice(unread)))
             child = replaced(arch, place, node)
-            if self.acyclic(child) and valid(child):
+            if valid(child):
                 return child
+        raise ValueError(f"no neighbour was found of {self.format(arch)}")
 
     def graph(self, arch: tuple[Node, ...], whole: bool = False) -> Graph:
         """The nodes that reach the output over time (`whole`: all) as vertices. The operands of a blend, which are not
         alike, pass vertices of their own; a vertex "state" ties a new hidden state to the previous one."""
         used = self.reached(arch, ["h_new_0"], through_time=True)
         nodes = [node for node in self.in_order(arch) if whole or node.name in used]
-        states = sorted(node.name[-1] for node in nodes if node.name.startswith("h_new"))
-        if not whole:
-            states = [i for i in states if i == "0" or f"h_prev_{i}" in used]
+        states = sorted(node.name[-1] for node in nodes if node.name == "h_new_0"
+                        or node.name.startswith("h_new") and (whole or node.name.replace("new", "prev") in used))
         graph = [Vertex("input 0"), *(Vertex("input 1" if i == "0" else "input 2") for i in states)]  # x, h_prev_0, the others
         place = {"x": 0, **{f"h_prev_{i}": 1 + number for number, i in enumerate(states)}}
         for name, op, inputs in nodes:
@@ -1071,10 +991,8 @@ class NBNLP(SearchSpace):
             graph.append(Vertex(op, tuple(sources)))
         first = len(graph)
         graph += [Vertex("state", (place[f"h_prev_{i}"], place[f"h_new_{i}"])) for i in states]
-        return *graph, Vertex("output", tuple(range(first, len(graph))))
-
-    def key(self, arch: tuple[Node, ...]) -> str:
-        return spell(canonical(self.graph(arch)))
+        graph.append(Vertex("output", tuple(range(first, len(graph)))))
+        return tuple(graph) if whole else canonical(tuple(graph))
 
     def read(self, text: str) -> tuple[Node, ...]:
         """From a recipe, or a whole run log that has one."""
@@ -1096,7 +1014,7 @@ class NBNLP(SearchSpace):
         return json.dumps({name: {"op": op, "input": list(inputs)} for name, op, inputs in arch})
 
     def build(self, arch: tuple[Node, ...]) -> nn.Module:
-        return RecurrentNetwork(canonical(self.graph(arch)), self.widths, self.reservoir)
+        return RecurrentNetwork(self.graph(arch), self.widths, self.reservoir)
 
     def benchmark(self, arch: tuple[Node, ...]) -> nn.Module:
         """With the word embedding, whose weights the decoder shares."""
@@ -1129,8 +1047,7 @@ class RecurrentLayer(nn.Module):
     are the only ones that are trained in a `reservoir`."""
     OPS: dict[str, Callable[..., Tensor]] = {
         "activation_tanh": torch.tanh, "activation_sigm": torch.sigmoid, "activation_leaky_relu": F.leaky_relu,
-        "elementwise_sum": torch.add, "elementwise_prod": torch.mul,
-        "blend 0": lambda a: a, "blend 1": lambda a: a, "blend 2": lambda a: a,
+        "elementwise_sum": torch.add, "elementwise_prod": torch.mul, **dict.fromkeys(("blend 0", "blend 1", "blend 2"), lambda a: a),
     }
 
     def __init__(self, graph: Graph, c_in: int, hidden: int, reservoir: bool = False):
@@ -1173,28 +1090,26 @@ class RecurrentLayer(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- names and labels
-SPACES: dict[str, Callable[[], SearchSpace]] = {
+SPACES: dict[str, Callable[..., SearchSpace]] = {
     "nb101": NB101, "nb201": NB201, "nbmacro": NBMacro, "nbnlp": NBNLP,
     **{cells + "-fix" * fixed + "-in" * imagenet: partial(Cells, cells, fixed, imagenet)
        for cells, fixed, imagenet in product(CELL_SPACES, (False, True), (False, True)) if not fixed or cells in ("darts", "enas", "pnas")},
     **{kind + "-in" * imagenet: partial(Residual, kind, imagenet) for kind, imagenet in product(RESIDUAL_SPACES, (False, True))},
 }
-
-
 METHODS = "random", "mutate", "build", "key", "parse", "format", "params"
 
 
 def get(name: str, **sizes: int) -> Any:
-    """The search space of a `--space` name, its networks of other `sizes` (width, cells) if given; or a space of your own,
-    FILE.py:CLASS, made without arguments. ValueError for an unknown name or a class that is not a search space."""
+    """The search space of a `--space` name, made with the `sizes` that its class takes; or one of your own, FILE.py:CLASS,
+    made without. ValueError for an unknown name or a class that is not a search space."""
     if name in SPACES:
         return SPACES[name](**sizes)
     path, _, cls = name.rpartition(":")
     if not path.endswith(".py"):
         raise ValueError(f"unknown space {name!r}; right is one of {', '.join(SPACES)}, or FILE.py:CLASS")
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location("own_space", path)
+        module = sys.modules["own_space"] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
         spec.loader.exec_module(module)
         space = getattr(module, cls)()
     except Exception as error:  # the file can raise anything

@@ -391,19 +391,19 @@ def test_nb201_network_against_its_definition():
     space, rng, checked = NB201(width=4, cells=1), random.Random(4), 0
     while checked < 25:
         arch = space.random(rng)
-        if arch.count("nor_conv_1x1") > 1 or arch.count("nor_conv_3x3") > 1 or not space.live_graph(arch)[-1].inputs:
+        if arch.count("nor_conv_1x1") > 1 or arch.count("nor_conv_3x3") > 1 or not space.graph(arch)[-1].inputs:
             continue
         checked += 1
         network = space.build(arch).train()
         x = torch.randn(2, 3, 32, 32, generator=rng_of(checked))
         taps = network(x)
         assert [tuple(t.shape) for t in taps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)]
-        for stage, tap in zip(network.stages, taps):
+        for stage, tap in zip(network, taps):
             entry, cell = stage
             if tap is taps[0]:
                 x = conv_norm(x, entry[0].weight)
             else:
-                (first, second), shortcut = entry.branches
+                (first, second), shortcut = entry
                 deep = conv_norm(F.relu(conv_norm(F.relu(x), first[1].weight, stride=2)), second[1].weight)
                 x = deep + F.conv2d(F.avg_pool2d(x, 2), shortcut[1].weight)
             weights = {v.op: op[1].weight for v, op in zip(cell.graph[1:], cell.ops) if "conv" in v.op}
@@ -422,7 +422,7 @@ def test_nb201_network_against_its_definition():
 
 def test_nothing_dead_is_built():
     arch = NB201().parse("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|nor_conv_3x3~0|none~1|none~2|")
-    cell = NB201(width=4, cells=1).build(arch).stages[0][1]
+    cell = NB201(width=4, cells=1).build(arch)[0][1]
     assert [type(op) for op in cell.ops] == [nn.Sequential, nn.Identity]  # one convolution, and the output's sum
     taps = NB201(width=4, cells=1).build(NB201().parse(DEAD))(torch.randn(2, 3, 32, 32))
     assert [tuple(t.shape) for t in taps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)] and not any(t.any() for t in taps)
@@ -506,7 +506,7 @@ def test_nb101_counts():
         for bits in itertools.product((0, 1), repeat=len(pairs)):
             edges = dict(zip(pairs, bits))
             matrix = tuple(tuple(edges.get((i, j), 0) for j in range(n)) for i in range(n))
-            bare = space.pruned(NB101Cell(matrix, ("input", *[NB101.OPS[0]] * (n - 2), "output")))
+            bare = space.graph(NB101Cell(matrix, ("input", *[NB101.OPS[0]] * (n - 2), "output")))
             if len(bare) == n and space.valid(NB101Cell(matrix, ("input", *[NB101.OPS[0]] * (n - 2), "output"))):
                 keys |= {space.key(NB101Cell(matrix, ("input", *ops, "output"))) for ops in itertools.product(NB101.OPS, repeat=n - 2)}
         counts.append(len(keys))
@@ -529,15 +529,15 @@ def test_nb101_relabelling():
 def test_nb101_cell_by_hand():
     """Input to 1 and 3 and the output, 1 to 2 and the output, 2 and 3 to the output: 7 channels divided as 3, 2, 2."""
     matrix = ((0, 1, 0, 1, 1), (0, 0, 1, 0, 1), (0, 0, 0, 0, 1), (0, 0, 0, 0, 1), (0,) * 5)
-    graph = NB101().pruned(NB101Cell(matrix, ("input", "conv3x3-bn-relu", "maxpool3x3", "conv1x1-bn-relu", "output")))
+    graph = NB101().graph(NB101Cell(matrix, ("input", "conv3x3-bn-relu", "maxpool3x3", "conv1x1-bn-relu", "output")), whole=True)
     cell = search_spaces.NB101Block(graph, 4, 7).train()
     x = torch.randn(2, 4, 8, 8, generator=rng_of(0))
     project = lambda to: F.relu(conv_norm(x, cell.projections[to][0].weight))
-    one = F.relu(conv_norm(project("1"), cell.ops[0][0].weight))
+    one = F.relu(conv_norm(project(1), cell.ops[0][0].weight))
     two = F.max_pool2d(one[:, :2], 3, 1, 1)
-    three = F.relu(conv_norm(project("3"), cell.ops[2][0].weight))
+    three = F.relu(conv_norm(project(3), cell.ops[2][0].weight))
     assert (one.shape[1], two.shape[1], three.shape[1]) == (3, 2, 2)
-    torch.testing.assert_close(cell(x), torch.cat([one, two, three], 1) + project("4"), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cell(x), torch.cat([one, two, three], 1) + project(4), atol=1e-4, rtol=1e-4)
 
 
 def test_cell_by_hand():
@@ -545,7 +545,7 @@ def test_cell_by_hand():
     space = Cells("darts")
     pairs = (("sep_conv_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("none", 0), ("skip_connect", 1), ("dil_conv_5x5", 3),
              ("avg_pool_3x3", 3), ("none", 4))
-    graph = space.live_graph(pairs, (2, 3, 4, 5), True)
+    _, graph = space.graphs(CellNet(space.genotype(pairs, pairs), 4, 3))
     cell = search_spaces.TwoInputCell(graph, 6, 5, 4, last_reduced=True, reduction=True, whole=False).train()
     before, last = torch.randn(2, 6, 16, 16, generator=rng_of(1)), torch.randn(2, 5, 8, 8, generator=rng_of(2))
     op = {vertex.op: module for vertex, module in zip(graph[2:], cell.ops)}
@@ -554,8 +554,8 @@ def test_cell_by_hand():
         x = F.relu(x)
         return norm(torch.cat([F.conv2d(x[:, :, ::2, ::2], module.halves[0].weight), F.conv2d(x[:, :, 1::2, 1::2], module.halves[1].weight)], 1))
 
-    a = halved(before, cell.prepare["0"])
-    b = conv_norm(F.relu(last), cell.prepare["1"][1].weight)
+    a = halved(before, cell.prepare[0])
+    b = conv_norm(F.relu(last), cell.prepare[1][1].weight)
     first, second = op["sep_conv_3x3"]
     sep = F.conv2d(F.relu(a), first[1].weight, stride=2, padding=1, groups=4)
     sep = F.conv2d(F.relu(norm(F.conv2d(sep, first[2].weight))), second[1].weight, padding=1, groups=4)
@@ -564,7 +564,7 @@ def test_cell_by_hand():
     dil = F.conv2d(F.relu(three), op["dil_conv_5x5"][1].weight, padding=4, dilation=2, groups=4)
     four = halved(b, op["skip_connect"]) + norm(F.conv2d(dil, op["dil_conv_5x5"][2].weight))
     five = F.avg_pool2d(three, 3, 1, 1) / F.avg_pool2d(torch.ones_like(three), 3, 1, 1)
-    actual = cell(before, last, before, 4)
+    actual = cell(before, last, torch.zeros(2, 4, 4, 4))
     parts = actual.split(4, 1)
     for node in (two, three, four, five):  # the canonical order of nodes is not that of the genotype
         assert any(torch.allclose(node, part, atol=1e-4) for part in parts)
@@ -594,9 +594,54 @@ def test_a_cell_that_reaches_no_tap_is_not_built():
     pairs = tuple(("sep_conv_3x3", 0) for _ in range(10))
     alive = CellNet(space.genotype(pairs, pairs), 4, 6)  # reductions at 2 and 4, taps after 1, 3 and 5
     network = space.build(alive)
-    assert set(network.cells) == {"1", "3", "5"} and all(set(cell.prepare) == {"0"} for cell in network.cells.values())
+    assert [cell is None for cell in network.cells] == [True, False] * 3
+    assert all([module is None for module in cell.prepare] == [False, True] for cell in network.cells if cell)
     other = CellNet(space.genotype(pairs, (("max_pool_3x3", 0), *pairs[1:])), 4, 6)
     assert space.key(alive) == space.key(other)
+
+
+def test_depth_of_cells_that_read_nothing():
+    """Only the tapped cells are left, and they are the same at any depth."""
+    space = Cells("darts", imagenet=True)
+    dead, alive = (("none", 0),) * 8, (("sep_conv_3x3", 0),) * 8
+    keys = [space.key(CellNet(space.genotype(normal, dead), 32, depth)) for normal in (dead, alive) for depth in (6, 10)]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+    counts = [sum(p.numel() for p in space.build(CellNet(space.genotype(dead, dead), 32, depth)).parameters()) for depth in (6, 10)]
+    assert counts[0] == counts[1]
+
+
+ODD = [  # legal or not, none of it may end in anything but an arch or a ValueError
+    ("nbnlp", '{"h_new_0": {"op": "linear", "input": ["x", "h_prev_0"]}}'),
+    ("darts", "-" * 20000 + "1"),
+    ("darts", "Genotype(normal=[], normal_concat=range(0, 1" + "0" * 30 + "), reduce=[], reduce_concat=[])"),
+    *[("resnext-a-in", json.dumps({"block_type": "res_bottleneck_block", "ds": [1, 1, 1, 1], "ws": [64, 16, 16, 16], "ss": [8, 1, 2, 2],
+                                   "bot_muls": [1.0, 1.0, 1.0, 1.0], "num_gs": [1, 1, 1, 1]} | change))
+      for change in ({}, {"ws": [1, 16, 16, 16]}, {"ws": [10 ** 400, 16, 16, 16]}, {"bot_muls": [1e308, 1.0, 1.0, 1.0]}, {"bot_muls": [-3.5, 1.0, 1.0, 1.0]},
+                     {"num_gs": [10 ** 50, 1, 1, 1]})],
+]
+
+
+@pytest.mark.parametrize("name, text", ODD, ids=lambda value: value[-40:])
+def test_odd_texts(name, text):
+    space = search_spaces.get(name)
+    try:
+        arch = space.parse(text)
+    except ValueError as error:
+        assert "not a network of" in str(error)
+        return
+    assert space.params(arch) and (name == "nbnlp" or [tap.shape[0] for tap in space.build(arch)(torch.randn(2, 3, 32, 32))] == [2, 2, 2])
+    if name == "nbnlp":
+        with pytest.raises(ValueError, match="no neighbour was found"):
+            space.mutate(arch, random.Random(0))
+    else:
+        assert '"ws": [64, 16' in text and "308" not in text and "-3.5" not in text and "000" not in text
+
+
+def test_a_concat_in_any_order():
+    pairs = "[" + ", ".join(f"('sep_conv_3x3', {i % 2})" for i in range(8)) + "]"
+    one, other = (f"Genotype(normal={pairs}, normal_concat={concat}, reduce={pairs}, reduce_concat=range(2, 6))" for concat in ("[5, 3, 4, 2]", "range(2, 6)"))
+    space = search_spaces.get("darts-fix")
+    assert space.parse(one) == space.parse(other)
 
 
 def test_genotype_text():
@@ -623,13 +668,13 @@ def test_residual_block_and_stem_by_hand():
     taps = network(x)
 
     def block(x, module, stride, groups):
-        (a, b, c), skip = module.branches
+        (a, b, c), skip = module
         y = F.relu(conv_norm(x, a[0].weight))
         y = F.relu(conv_norm(y, b[0].weight, stride=stride, groups=groups))
         shortcut = x if isinstance(skip, nn.Identity) else conv_norm(x, skip[0].weight, stride=stride)
         return conv_norm(y, c[0].weight) + shortcut
 
-    first, second, third = network.stages
+    first, second, third = network
     x = block(F.relu(conv_norm(x, first[0][0].weight)), first[1], 1, 2)
     torch.testing.assert_close(taps[0], x, atol=1e-3, rtol=1e-3)
     x = block(F.relu(block(F.relu(x), second[1], 2, 1)), second[3], 1, 1)
@@ -640,7 +685,7 @@ def test_residual_block_and_stem_by_hand():
 def test_macro_layer_by_hand():
     block = NBMacro().layer("2", 3, 3, 1).train()
     x = torch.randn(2, 3, 8, 8, generator=rng_of(4))
-    grow, deep, shrink = block.branches[0]
+    grow, deep, shrink = block[0]
     y = F.relu(conv_norm(x, grow[0].weight))
     assert y.shape[1] == 18
     y = F.relu(conv_norm(y, deep[0].weight, groups=18))
@@ -655,7 +700,7 @@ RECIPE = {"h_new_1": {"op": "activation_tanh", "input": ["node_1"]}, "node_1": {
 
 def test_recurrent_layer_by_hand():
     space = NBNLP()
-    graph = search_spaces.canonical(space.graph(space.parse(json.dumps(RECIPE))))
+    graph = space.graph(space.parse(json.dumps(RECIPE)))
     layer = search_spaces.RecurrentLayer(graph, 5, 4).eval()
     x = torch.randn(3, 6, 5, generator=rng_of(5))
     short, wide = sorted((i for i, vertex in enumerate(graph) if vertex.op == "linear"), key=lambda i: len(graph[i].inputs))
@@ -924,7 +969,7 @@ def test_presets_in_a_space(capsys, tmp_path, space, preset, steps, side, width)
     settings = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["settings"]
     assert (settings["steps"], settings["side"], settings.get("width")) == (steps, side, width)
     if width:
-        assert search_spaces.get(space, width=width).build(NB201().parse(RICH)).stages[0][0][0].out_channels == width
+        assert search_spaces.get(space, width=width).build(NB201().parse(RICH))[0][0][0].out_channels == width
 
 
 def test_no_step_waits_for_the_device():
