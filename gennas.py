@@ -1229,14 +1229,17 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     device = find_device(args.device)
     settings = replace(PRESETS[args.preset], **changes | ({"steps": args.steps} if args.steps else {}))
     images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
-    made_with = {"space": args.space, "task": None if args.mode == "search-task" else asdict(task), "images": args.images, **asdict(settings), **sizes, "seed": args.seed, "device": device.type}
+    searched = args.mode == "search-task"
+    made_with = {"space": args.space, "task": None if searched else asdict(task), "images": args.images, **asdict(settings), **sizes,
+                 "seed": args.seed, "device": device.type}
     if not told:
         record = Record(args.out, made_with)
         evaluated, chosen = args.population + args.cycles, len(labels[:args.limit])
         total = {"search": evaluated, "search-task": evaluated * chosen + len(labels)}.get(args.mode, len(labels))
         progress = Progress(total, args.quiet or args.mode == "show")
         if not args.quiet:
-            print(f"gennas: {args.mode} {args.space}{'' if args.mode == 'search-task' else ', task ' + args.task}, {settings.steps} steps, images {args.images}, on {device}", file=sys.stderr)
+            print(f"gennas: {args.mode} {args.space}, {'' if searched else f'task {args.task}, '}{settings.steps} steps, images {args.images}, "
+                  f"on {device}", file=sys.stderr)
         workers.start(min(args.workers or devices(device), total) if args.mode != "show" else 1, argv)
         workers.share("input", {"made with": json.dumps(made_with), "labels": [(space.format(arch), value) for arch, value in labels],
                                 "known": list(record.known.values())})

@@ -12,8 +12,19 @@ A search space is a class with
 
 An arch is a plain immutable value, `rng` a `random.Random`. The file needs torch only and can be copied alone.
 
-Read from the top: computation graphs, which the keys and the cells are made of; the operations of all spaces in one
-table; the networks' common parts; then space after space, and at the end their names and the labels' files.
+    space                 an arch                                   a mutation changes           width when regressing (benchmark's)
+    nb101                 matrix and ops of a cell's vertices       edges and ops, one or more   16 (128)
+    nb201                 the ops on a cell's 6 edges               one op                       16 (16)
+    nbmacro               the kinds of 8 layers                     one layer                    32 (32)
+    darts enas pnas       (op, input) pairs of a normal and a       one op, one input, width     the arch's own
+      nasnet amoeba         reduction cell, width, depth              or depth
+    resnet resnext-a -b   blocks, width, bottleneck, groups of      one value of one stage       the arch's own
+                            every stage
+    nbnlp                 op and inputs of a recurrent cell's       one op or one input          400-600-600-400
+                            nodes
+
+Read from the top: computation graphs, which keys and cells are made of; the operations of all spaces in one table; the
+networks' common parts; then space after space, and at the end their names and the labels' files.
 """
 from __future__ import annotations
 
@@ -609,7 +620,8 @@ class Cells(SearchSpace):
 
     def neighbour(self, arch: CellNet, rng: random.Random) -> CellNet:
         """Another operation or another input in one place, or another width or depth."""
-        what, cell, i = rng.choice([*product(("op", "input"), range(2), range(2 * self.nodes)), *[("width", 0, 0), ("depth", 0, 0)] * (not self.fixed)])
+        places = [*product(("op", "input"), range(2), range(2 * self.nodes))]
+        what, cell, i = rng.choice(places if self.fixed else [*places, ("width", 0, 0), ("depth", 0, 0)])
         if what in ("width", "depth"):
             return arch._replace(**{what: another(getattr(self, what + "s"), getattr(arch, what), rng)})
         cells = [arch.genotype.normal, arch.genotype.reduce]
@@ -645,7 +657,8 @@ class Cells(SearchSpace):
         reductions, taps, needed = layout(graphs, arch.depth)
         used = graphs if needed.intersection(reductions) else graphs[:1]  # where no reduction cell reaches a tap, it does not matter what it is
         place = {cell: number for number, cell in enumerate(sorted(needed))}
-        chain = [(cell in reductions, cell in taps, *(place[cell - 2 + j] for j in inputs_read(graphs[cell in reductions]) if cell >= 0)) for cell in place]
+        chain = [(cell in reductions, cell in taps, *(place[cell - 2 + j] for j in inputs_read(graphs[cell in reductions])))
+                 for cell in place if cell >= 0]
         return "|".join([*map(spell, used), str(arch.width), str(arch.depth if needed.issuperset(range(arch.depth)) else chain)])
 
     def read(self, text: str) -> CellNet:
@@ -891,8 +904,8 @@ class NBNLP(SearchSpace):
     ACTIVATIONS = "activation_tanh", "activation_sigm", "activation_leaky_relu"
     ARITY = {"linear": (2, 3), "blend": (3,), "elementwise_prod": (2,), "elementwise_sum": (2,), **dict.fromkeys(ACTIVATIONS, (1,))}
     WORDS = 10_000  # of the benchmark's vocabulary
-    spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}} without a cycle, over x (of linear only) and h_prev_i, with h_new_0 and as many h_new as '
-                f"h_prev, ops {', '.join(ARITY)}")
+    spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}} without a cycle, over x (of linear only) and h_prev_i, '
+                f"with h_new_0 and as many h_new as h_prev, ops {', '.join(ARITY)}")
 
     def __init__(self, widths: tuple[int, ...] = (400, 600, 600, 400), reservoir: bool = False):
         self.widths, self.reservoir = widths, reservoir
