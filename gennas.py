@@ -1198,7 +1198,7 @@ def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
     texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
     archs = [(space.parse(text), None) for text in texts if text.strip()]
     if args.mode == "score" and not archs:
-        raise ValueError("--mode score: no architecture on stdin; right is one a line")
+        raise ValueError("--mode score: no architecture; right are some on the command line, or - and one a line on stdin")
     return archs
 
 
