@@ -942,10 +942,13 @@ def plot_signals(parts: list[Part], images: Tensor | None, seed: int, path: str,
 
 
 def plot_correlation(losses: list[float], values: list[float], title: str, path: str) -> None:
-    figure, ((ax,),) = new_figure(1, 1, figsize=(5, 4))
-    ax.scatter(losses, values, s=12)
-    ax.set(xlabel="regression loss", ylabel="recorded value")
-    ax.set_title(title, fontsize=9)
+    """As they are, and by rank, which is what Spearman's rho compares."""
+    figure, ((plain, ranked),) = new_figure(1, 2, figsize=(9, 4))
+    plain.scatter(losses, values, s=12)
+    plain.set(xlabel="regression loss", ylabel="recorded value")
+    ranked.scatter(ranks(losses), ranks(values), s=12)
+    ranked.set(xlabel="rank by regression loss (1: lowest)", ylabel="rank by recorded value (1: lowest)")
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=100)
 
 
