@@ -1286,7 +1286,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
     workers = Workers.join()
     if workers.rank:
-        sys.stdout, args.plot = open(os.devnull, "w"), None
+        sys.stdout, args.plot, args.quiet = open(os.devnull, "w"), None, True
     elif distributed.is_torchelastic_launched():
         if args.workers:
             parser.error("--workers is for one machine without torchrun; right is torchrun --nproc-per-node N")

@@ -1137,6 +1137,22 @@ def test_search_task(run, tmp_path):
     assert timeless(last_json(run(*command, "--json", "--out", out)[1])) == timeless(result) and recorded(out) == losses
 
 
+def test_search_task_with_workers(tmp_path):
+    """Killed in its middle and continued by other workers, it finds the task of the undisturbed run, and says so once."""
+    command = [sys.executable, "gennas.py", "--space", "nb201", "--mode", "search-task", "--limit", "4", "--steps", "1", "--population", "3", "--tournament", "2",
+               "--cycles", "2", "--batch", "2", "--json", "--workers"]
+    whole = subprocess.run([*command, "1"], cwd=HERE, capture_output=True, text=True, check=True)
+    out = tmp_path / "tasks.jsonl"
+    killed = subprocess.Popen([*command, "2", "--out", out], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_scores(out)
+    killed.kill()
+    killed.wait()
+    assert 3 <= len(recorded(out)) < 3 * 4 + 2 * 4 + 16
+    again = subprocess.run([*command, "2", "--out", out], cwd=HERE, capture_output=True, text=True, check=True)
+    assert timeless(last_json(again.stdout)) == timeless(last_json(whole.stdout)) and len(recorded(out)) == 5 * 4 + 16
+    assert again.stderr.count("labels of the search") == 1
+
+
 def test_search_task_prefers_what_correlates(monkeypatch, run):
     """The found task is the one whose losses rank the built-in labels best, in either direction."""
     accuracy, asked = dict(NB201().labels), set()
