@@ -807,6 +807,7 @@ class Scorer:
         self.space, self.regression = space, regression
         self.record, self.progress, self.workers = record or Record(), progress or Progress(0, quiet=True), workers or Workers()
         self.scores: dict[str, Score] = {}  # those that were asked for, by key
+        self.drawn: tuple[Any, Any] = None, None  # the task trained last and its regression: its targets are not drawn again
 
     def key(self, task: Task | RnnTask, arch: Any) -> str:
         return f"{task.digest()} {self.space.key(arch)}"
@@ -826,7 +827,9 @@ class Scorer:
         def train(item: tuple[str, tuple[Task | RnnTask, Any]]) -> Score:
             key, (task, arch) = item
             start = time.perf_counter()
-            loss = self.regression(task)(self.space, arch)[-1]
+            if self.drawn[0] != task:
+                self.drawn = task, self.regression(task)
+            loss = self.drawn[1](self.space, arch)[-1]
             return Score(key, self.space.format(arch), finite(loss), round(time.perf_counter() - start, 3))
 
         def receive(result: list[Any]) -> None:
@@ -1011,7 +1014,7 @@ def search(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, label
 def search_task(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
     """Regularized evolution over tasks of the kind of `task`. A task's loss is 1 - |rho| on the first --limit labels (paper,
     3.4); rho on the other labels tells whether the task that was found is good for more than these."""
-    limit = min(args.limit or len(labels), len(labels))
+    limit = len(labels[:args.limit])
 
     def rhos(tasks: list[Task | RnnTask], labels: list) -> list[float]:
         archs, values = zip(*labels)
@@ -1143,8 +1146,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
 
     for name, modes in BELONGS.items():
         if getattr(args, name) and args.mode not in modes:
-            option = "ARCH" if name == "arch" else f"--{name.replace('_', '-')}"
-            parser.error(f"{option} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
+            spelled = "ARCH" if name == "arch" else f"--{name.replace('_', '-')}"
+            parser.error(f"{spelled} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
     for mode, name, words in (("score", "arch", "ARCH [ARCH ...]"), ("correlate", "labels", "--labels FILE")):
         if args.mode == mode and not getattr(args, name):
             parser.error(f"--mode {mode} needs {words}")
@@ -1195,9 +1198,10 @@ def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
         labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
         if labels is None:
             raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
-        if len(labels[:args.limit]) < 3:
-            raise ValueError(f"--mode {args.mode}: right are at least 3 architectures, not {len(labels[:args.limit])}")
-        return labels if args.mode == "search-task" else labels[:args.limit]
+        chosen = labels[:args.limit]
+        if len(chosen) < 3:
+            raise ValueError(f"--mode {args.mode}: right are at least 3 architectures, not {len(chosen)}")
+        return labels if args.mode == "search-task" else chosen
     texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
     archs = [(space.parse(text), None) for text in texts if text.strip()]
     if args.mode == "score" and not archs:
@@ -1205,7 +1209,7 @@ def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
     return archs
 
 
-def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tuple[Scorer, Task | RnnTask | None, list[tuple[Any, Any]]]:
+def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tuple[Scorer, Task | RnnTask, list[tuple[Any, Any]]]:
     """The scorer, and the task and the architectures that the mode is given. ValueError or OSError for wrong input.
 
     Rank 0 alone reads architectures and known scores, starts the other workers where --workers asks for them, and tells
@@ -1224,9 +1228,9 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
         raise ValueError(f"task {args.task} is not for {args.space}; right is one like {default}")
     if isinstance(task, RnnTask) and args.images != "synthetic":
         raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
-    if args.max_flops and not hasattr(space, "flops"):
-        raise ValueError(f"--max-flops: {args.space} has no flops(arch)")
     if args.max_flops:
+        if not hasattr(space, "flops"):
+            raise ValueError(f"--max-flops: {args.space} has no flops(arch)")
         space.flops(space.random(random.Random(0)))  # says so if this space does not count them
     labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
     device = find_device(args.device)

@@ -843,7 +843,7 @@ class Residual(SearchSpace):
         return arch._replace(**{field: replaced(values, stage, another(self.choices[field], values[stage], rng))})
 
     def stages(self, arch: ResidualNet) -> list[tuple]:
-        """Of each stage: blocks, width, stride, bottleneck width, groups; the last two only of bottleneck blocks."""
+        """Of each stage: blocks, width, stride, bottleneck width, groups; the last two 0 without bottlenecks."""
         n = len(arch.ds)
         stages = list(zip(arch.ds, arch.ws, arch.ss, arch.bot_muls or (0,) * n, arch.num_gs or (0,) * n))
         return [(d, w, s, round(w * m), g) for d, w, s, m, g in stages[1:]]
