@@ -511,7 +511,9 @@ class Heads(nn.Module):
         super().__init__()
         self.body, self.size = body.eval(), targets[0].shape[2:]
         with torch.no_grad():
-            widths = [tap.shape[1] for tap in body(images[:1])]
+            widths = [tap.shape[1] for tap in body(images[:2])]
+        if len(widths) != len(targets):
+            raise ValueError(f"the network gives {len(widths)} feature maps; right are {len(targets)}, one for each target")
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(w), nn.Conv2d(w, t.shape[1], 1)) for w, t in zip(widths, targets))
 
     def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three (B, C, size, size)
@@ -710,11 +712,14 @@ class Progress:
         self.told = now
         rate = (self.done - self.replayed) / max(now - self.start, 1e-9)
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "replayed"
-        best = f"best {show_loss(self.best[0])} {self.best[1]}" if self.best[1] else ""
-        line = f"{self.done}/{self.total}  {rate:.2f}/s  {left}  {best}"
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r\x1b[K{line[:width]}" if terminal else line, end="\n" if not terminal or self.done == self.total else "",
-              file=sys.stderr, flush=True)
+        line = "  ".join([f"{self.done}/{self.total}", f"{rate:.2f}/s", left, *self.leader()])
+        line = line[:shutil.get_terminal_size((200, 1)).columns - 1]
+        print(f"\r\x1b[K{line}" if terminal else line, end="\n" if not terminal or self.done == self.total else "", file=sys.stderr, flush=True)
+
+    def leader(self) -> list[str]:
+        """The best so far, if there is one."""
+        loss, what = self.best
+        return [f"best {show_loss(loss)} {what}"] if what else []
 
 
 class WorkerDied(Exception):
@@ -846,6 +851,8 @@ class Scorer:
                 enter(self.record.known[key], trained=False)
         if unknown:
             self.workers.map(train, list(unknown.items()), receive)
+        if not counts.keys() <= self.scores.keys():
+            raise ValueError("workers ask for different architectures; right is a space whose methods depend on their arguments alone")
         return [[self.scores[key].rank_by for key in row] for row in keys]
 
 
@@ -978,12 +985,8 @@ def plot_search(losses: list[float], name: str, title: str, path: str) -> None:
 TRIES = 300
 
 
-class Impossible(Exception):
-    """No architecture within the limits was found."""
-
-
 def within_limits(draw: Callable[..., Any], space: Any, args: argparse.Namespace) -> Callable[..., Any]:
-    """`draw`, repeated until what it gives is within --max-params and --max-flops; Impossible after TRIES."""
+    """`draw`, repeated until what it gives is within --max-params and --max-flops; ValueError after TRIES."""
     limits = [(count, most) for count, most in (("params", args.max_params), ("flops", args.max_flops)) if most]
 
     def redraw(*words: Any) -> Any:
@@ -991,7 +994,7 @@ def within_limits(draw: Callable[..., Any], space: Any, args: argparse.Namespace
             arch = draw(*words)
             if all(getattr(space, count)(arch) <= most for count, most in limits):
                 return arch
-        raise Impossible(f"none of {TRIES} draws is within " + " and ".join(f"--max-{count} {most:,}" for count, most in limits)
+        raise ValueError(f"none of {TRIES} draws is within " + " and ".join(f"--max-{count} {most:,}" for count, most in limits)
                          + f"; the last has {getattr(space, limits[0][0])(arch):,} {limits[0][0]}")
     return redraw
 
@@ -1012,34 +1015,39 @@ def search(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, label
 
 
 def search_task(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
-    """Regularized evolution over tasks of the kind of `task`. A task's loss is 1 - |rho| on the first --limit labels (paper,
-    3.4); rho on the other labels tells whether the task that was found is good for more than these."""
+    """Regularized evolution over tasks of the kind of `task`. A task's loss is 1 - rho on the first --limit labels; rho on
+    the other labels tells whether the task that was found is good for more than these.
+
+    The paper (3.4) takes |rho|. A task that ranks backwards would then count as a good one, while an architecture search
+    minimises its loss.
+    """
     limit = len(labels[:args.limit])
 
-    def rhos(tasks: list[Task | RnnTask], labels: list) -> list[float]:
+    def distances(tasks: list[Task | RnnTask], labels: list) -> list[float]:
+        """1 - rho of each task; where rho is undefined it counts as 0."""
         archs, values = zip(*labels)
-        merits = [[-loss for loss in losses] for losses in scorer(tasks, archs, tell=lambda score: None)]
-        return [finite(spearman(row, values)) or 0.0 for row in merits]
+        rows = scorer(tasks, archs, tell=lambda score: None)
+        return [1 - (finite(spearman([-loss for loss in row], values)) or 0.0) for row in rows]
 
     def evaluate(tasks: list[Task | RnnTask]) -> list[float]:
-        distances = [1 - abs(rho) for rho in rhos(tasks, labels[:limit])]
-        for task, distance in zip(tasks, distances):
-            scorer.progress.note(distance, task.to_json())
-        return distances
+        losses = distances(tasks, labels[:limit])
+        for task, loss in zip(tasks, losses):
+            scorer.progress.note(loss, task.to_json())
+        return losses
 
     history = regularized_evolution(partial(random_task, kind=type(task)), mutate_task, evaluate,
                                     random.Random(args.seed), args.population, args.tournament, args.cycles, args.batch)
-    best, _ = min(history, key=lambda pair: pair[1])
-    found: dict[str, Any] = {"n": limit, "spearman": rhos([best], labels[:limit])[0]}
+    best, loss = min(history, key=lambda pair: pair[1])
+    found: dict[str, Any] = {"n": limit, "spearman": 1 - loss}
     said = f"spearman {found['spearman']:.3f} on the {limit} labels of the search"
-    if len(labels) - limit >= 3:
-        found |= {"n_held_out": len(labels) - limit, "spearman_held_out": rhos([best], labels[limit:])[0]}
+    if len(labels) > limit:
+        found |= {"n_held_out": len(labels) - limit, "spearman_held_out": 1 - distances([best], labels[limit:])[0]}
         said += f", {found['spearman_held_out']:.3f} on {found['n_held_out']} others"
     print(best.to_json())
     if not args.quiet:
         print(f"gennas: {said}; the best of {len(history)} evaluated tasks", file=sys.stderr)
     if args.plot:
-        plot_search([distance for _, distance in history], "1 - |spearman|", f"{args.space}, {len(history)} tasks", args.plot)
+        plot_search([loss for _, loss in history], "1 - spearman", f"{args.space}, {len(history)} tasks", args.plot)
     return {"task": asdict(best), **found, "evaluated": len(history)}
 
 
@@ -1101,7 +1109,9 @@ def show(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels:
 MODES = {"search": search, "search-task": search_task, "score": score, "correlate": correlate, "show": show}
 # option -> the modes that it belongs to, where it does not belong to all
 BELONGS = {"arch": ("score",), "labels": ("correlate", "search-task"), "limit": ("correlate", "search-task"),
-           "max_params": ("search",), "max_flops": ("search",), "task": ("search", "score", "correlate", "show")}
+           "max_params": ("search",), "max_flops": ("search",), "task": ("search", "score", "correlate", "show"),
+           "out": ("search", "search-task", "score", "correlate"),
+           **dict.fromkeys(("population", "tournament", "cycles", "batch"), ("search", "search-task"))}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1128,9 +1138,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     option("--images", default="synthetic", metavar="synthetic|PATH", help="CIFAR-10/100 or ImageNet16-120 python batches, .npz, .npy")
     option("--seed", type=whole(0), default=0, metavar="N", help="of images, targets, weights, noise and search (default 0)")
     option("--device", metavar="cpu|cuda[:N]|mps", help="default: cuda where there is one, else cpu")
-    option("--population", type=whole(1), default=50, metavar="N", help="members of the queue (default 50)")
-    option("--tournament", type=whole(1), default=10, metavar="N", help="members drawn, of which the best is mutated (default 10)")
-    option("--cycles", type=whole(0), default=400, metavar="N", help="children after the first population (default 400)")
+    option("--population", type=whole(1), metavar="N", help="members of the queue (default 50)")
+    option("--tournament", type=whole(1), metavar="N", help="members drawn, of which the best is mutated (default 10)")
+    option("--cycles", type=whole(0), metavar="N", help="children after the first population (default 400)")
     option("--batch", type=whole(1), metavar="N", help="children made from the same queue (default 8, with --preset paper 1)")
     option("--max-params", type=whole(1), metavar="N", help="search among networks of at most N parameters")
     option("--max-flops", type=whole(1), metavar="N", help="and at most N floating-point operations an image (a multiply-add is two)")
@@ -1145,24 +1155,41 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     args = parser.parse_intermixed_args(argv)
 
     for name, modes in BELONGS.items():
-        if getattr(args, name) and args.mode not in modes:
+        if getattr(args, name) not in (None, []) and args.mode not in modes:
             spelled = "ARCH" if name == "arch" else f"--{name.replace('_', '-')}"
             parser.error(f"{spelled} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
-    for mode, name, words in (("score", "arch", "ARCH [ARCH ...]"), ("correlate", "labels", "--labels FILE")):
-        if args.mode == mode and not getattr(args, name):
-            parser.error(f"--mode {mode} needs {words}")
-    args.batch = args.batch or (1 if args.preset == "paper" else min(8, args.population))
-    for name in ("tournament", "batch"):
-        if getattr(args, name) > args.population:
-            parser.error(f"--{name} {getattr(args, name)}: right is at most the population, {args.population}")
+    if args.mode == "score" and not args.arch:
+        parser.error("--mode score needs ARCH [ARCH ...]")
+    args.population = args.population or 50
+    args.cycles = 400 if args.cycles is None else args.cycles
+    for name, default in (("tournament", 10), ("batch", 1 if args.preset == "paper" else 8)):
+        value = getattr(args, name) or min(default, args.population)
+        if value > args.population:
+            parser.error(f"--{name} {value}: right is at most the population, {args.population}")
+        setattr(args, name, value)
     return parser, args
 
 
-def load_task(name: str) -> Task | RnnTask:
+def load_space(args: argparse.Namespace) -> tuple[Any, Settings, dict[str, Any]]:
+    """The space, how its networks are trained, and what else a record depends on: sizes of its networks, or its own file."""
+    if args.space in search_spaces.SPACES:
+        changes, details = EXCEPTIONS[args.preset].get(args.space.split("-")[0], ({}, {}))
+        space = search_spaces.get(args.space, **details)
+    else:
+        space, changes = search_spaces.get(args.space), {}
+        details = {"file": hashlib.sha256(Path(args.space.rpartition(":")[0]).read_bytes()).hexdigest()[:12]}
+    if args.max_flops:
+        if not hasattr(space, "flops"):
+            raise ValueError(f"--max-flops: {args.space} has no flops(arch)")
+        space.flops(space.random(random.Random(0)))  # says so if this space does not count them
+    return space, replace(PRESETS[args.preset], **changes | ({"steps": args.steps} if args.steps else {})), details
+
+
+def read_task(name: str) -> Task | RnnTask:
     """A task of the table by its name, or one from a JSON file."""
     if name in TASKS:
         return TASKS[name]
-    if not name.endswith(".json"):
+    if not str(name).endswith(".json"):
         raise ValueError(f"unknown task {name!r}; right is one of {', '.join(TASKS)} or a FILE.json")
     try:
         return JsonTask.from_json(Path(name).read_text(encoding="utf-8"))
@@ -1170,7 +1197,19 @@ def load_task(name: str) -> Task | RnnTask:
         raise ValueError(f"{name}: {error}") from None
 
 
-def devices(device: torch.device) -> int:
+def load_task(args: argparse.Namespace, space: Any) -> Task | RnnTask:
+    """The task that was asked for, by default that of the space; ValueError if it is not of the space's kind."""
+    default = getattr(space, "task", "nb101")
+    args.task = args.task or default
+    task = read_task(args.task)
+    if type(task) is not type(read_task(default)):
+        raise ValueError(f"task {args.task} is not for {args.space}; right is one like {default}")
+    if isinstance(task, RnnTask) and args.images != "synthetic":
+        raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
+    return task
+
+
+def default_workers(device: torch.device) -> int:
     """How many workers keep a machine busy: one for each GPU, or for each core that this process may use."""
     if device.type == "cpu":
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1198,6 +1237,7 @@ def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
         labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
         if labels is None:
             raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
+        labels = [(arch, float(value)) for arch, value in labels]
         chosen = labels[:args.limit]
         if len(chosen) < 3:
             raise ValueError(f"--mode {args.mode}: right are at least 3 architectures, not {len(chosen)}")
@@ -1216,38 +1256,25 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     them what it has read.
     """
     told = workers.share("input") if workers.rank else None
-    family = args.space.split("-")[0] if args.space in search_spaces.SPACES else None
-    changes, sizes = EXCEPTIONS[args.preset].get(family, ({}, {}))
-    space = search_spaces.get(args.space, **sizes)
     if args.plot:
         check_plot(args.plot)
-    default = getattr(space, "task", "nb101")
-    args.task = args.task or default
-    task = load_task(args.task)
-    if type(task) is not type(TASKS[default]):
-        raise ValueError(f"task {args.task} is not for {args.space}; right is one like {default}")
-    if isinstance(task, RnnTask) and args.images != "synthetic":
-        raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
-    if args.max_flops:
-        if not hasattr(space, "flops"):
-            raise ValueError(f"--max-flops: {args.space} has no flops(arch)")
-        space.flops(space.random(random.Random(0)))  # says so if this space does not count them
+    space, settings, details = load_space(args)
+    task = load_task(args, space)
     labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
     device = find_device(args.device)
-    settings = replace(PRESETS[args.preset], **changes | ({"steps": args.steps} if args.steps else {}))
     images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
     searched = args.mode == "search-task"
-    made_with = {"space": args.space, "task": None if searched else asdict(task), "images": args.images, **asdict(settings), **sizes,
+    made_with = {"space": args.space, "task": None if searched else asdict(task), "images": args.images, **asdict(settings), **details,
                  "seed": args.seed, "device": device.type}
     if not told:
         record = Record(args.out, made_with)
         evaluated, chosen = args.population + args.cycles, len(labels[:args.limit])
-        total = {"search": evaluated, "search-task": evaluated * chosen + len(labels)}.get(args.mode, len(labels))
+        total = {"search": evaluated, "search-task": evaluated * chosen + len(labels) - chosen}.get(args.mode, len(labels))
         progress = Progress(total, args.quiet or args.mode == "show")
         if not args.quiet:
             print(f"gennas: {args.mode} {args.space}, {'' if searched else f'task {args.task}, '}{settings.steps} steps, images {args.images}, "
                   f"on {device}", file=sys.stderr)
-        workers.start(min(args.workers or devices(device), total) if args.mode != "show" else 1, argv)
+        workers.start(min(args.workers or default_workers(device), total) if args.mode != "show" else 1, argv)
         workers.share("input", {"made with": json.dumps(made_with), "labels": [(space.format(arch), value) for arch, value in labels],
                                 "known": list(record.known.values())})
     elif told["made with"] == json.dumps(made_with):
@@ -1261,29 +1288,29 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
 
 def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv: list[str]) -> None:
     """One mode, from its input to its result; whatever is wrong becomes a line and an exit status."""
-    start = time.perf_counter()
+    start, progress = time.perf_counter(), Progress(0)
+
+    def so_far() -> str:
+        if not progress.done:
+            return ""
+        kept = f" and kept in {args.out}, the same command goes on from there" if args.out else ""
+        return "; ".join(["", f"{progress.done} networks are scored{kept}", *progress.leader()])
+
     try:
         scorer, task, labels = prepare(args, workers, argv)
-    except OSError as error:
-        parser.error(f"{error.filename or args.out}: {error.strerror or error}")
-    except ValueError as error:
-        parser.error(str(error))
-    progress = scorer.progress
-    try:
+        progress = scorer.progress
         result = MODES[args.mode](args, scorer, task, labels)
+        if args.json:
+            print(json.dumps({"mode": args.mode, "space": args.space, "task": args.task, **result, "preset": args.preset, "images": args.images,
+                              "seconds": round(time.perf_counter() - start, 3)}), flush=True)
     except KeyboardInterrupt:
-        loss, best = progress.best
-        parser.exit(130, f"\ngennas: interrupted after {progress.done} networks; best {show_loss(loss)} {best}\n")
-    except Impossible as error:
-        parser.error(str(error))
+        parser.exit(130, f"\ngennas: interrupted{so_far()}\n")
+    except ValueError as error:
+        parser.error(f"{error}{so_far()}")
     except WorkerDied as error:
-        parser.exit(1, f"gennas: error: {error}; {progress.done} networks are scored" +
-                    (f" and kept in {args.out}, the same command goes on from there\n" if args.out else "\n"))
+        parser.exit(1, f"gennas: error: {error}{so_far()}\n")
     except OSError as error:
-        parser.exit(1, f"gennas: error: {error.filename or args.out}: {error.strerror}\n")
-    if args.json:
-        print(json.dumps({"mode": args.mode, "space": args.space, "task": args.task, **result, "preset": args.preset, "images": args.images,
-                          "seconds": round(time.perf_counter() - start, 3)}))
+        parser.exit(1 if progress.done else 2, f"gennas: error: {error.filename or args.out or 'stdout'}: {error.strerror or error}{so_far()}\n")
 
 
 def main(argv: list[str] | None = None) -> None:
