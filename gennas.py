@@ -38,8 +38,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-import search_spaces
-
+try:
+    import search_spaces
+except ImportError:  # a copy of this file alone: it scores any object that has a search space's methods
+    search_spaces = None
 try:
     import fcntl
 except ImportError:  # not on Windows: there a record is not guarded against a second writer
@@ -184,7 +186,7 @@ class JsonTask:
         input and the target of a recurrent network."""
         return [part.total(images, seed) for part in self.parts(batch, size)]
 
-    def check(self) -> None:
+    def check_fields(self) -> None:
         check(vars(self), tuple(vars(self)), "task")
         check(self.noise, ("kind", "level"), "task.noise")
 
@@ -206,7 +208,7 @@ class Task(JsonTask):
     stages: list[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        self.check()
+        self.check_fields()
         for i, stage in enumerate(self.stages):
             check(stage, ("channels", "signals"), f"task.stages[{i}]")
             self.check_signals(stage["signals"], f"task.stages[{i}].signals")
@@ -225,7 +227,7 @@ class RnnTask(JsonTask):
     target: list[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        self.check()
+        self.check_fields()
         for name in ("input", "target"):
             self.check_signals(getattr(self, name), f"task.{name}")
             if not all(signal.get("per_sample") for signal in getattr(self, name)):
@@ -486,7 +488,7 @@ class Settings:
     side: int = 32  # of the images
     size: int = 8  # side of the targets, length of the sequences
     batch_statistics: bool = False  # in eval() too, the network (not its heads) normalises by the batch at hand
-    log_score: bool = False  # the score sums log(1 + loss) over the stages instead of the losses
+    log_score: bool = False  # the score is the weighted sum of the stages' log(1 + loss), not of their losses
 
 
 # `fast`: small images make a step cheap and rank NAS-Bench-101 better. The running statistics of batch norm lag behind for
@@ -498,7 +500,7 @@ EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
     "fast": {
         "nb201": ({"steps": 44, "side": 32}, {"width": 4, "cells": 3}),
         "nbnlp": ({}, {"reservoir": True}),
-        **dict.fromkeys(search_spaces.CELL_SPACES, ({"steps": 32}, {})),
+        **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), ({"steps": 32}, {})),
         **dict.fromkeys(("resnet", "resnext"), ({"steps": 24}, {})),
     },
 }
@@ -761,7 +763,7 @@ class Workers:
         for child in self.children:
             child.kill()
 
-    def check(self) -> None:
+    def check_children(self) -> None:
         for rank, child in enumerate(self.children, start=1):
             if child.poll():  # None while it runs, 0 when it is through
                 raise WorkerDied(f"worker {rank} of {len(self.children) + 1} died (exit status {child.returncode})")
@@ -774,9 +776,16 @@ class Workers:
 
     def map(self, work: Callable[[Any], Any], items: list[Any], done: Callable[[Any], None]) -> None:
         """`work` on every item, in whichever process is free; `done` with every result (what JSON has), in all processes,
-        in the order in which they come and while this process works on. WorkerDied once its results are all in."""
+        in the order in which they come and while this process works on. All processes must give the same items in the
+        same order. What is a ValueError in one is one in all. WorkerDied once its results are all in."""
         self.lists += 1
         taken, finished, stopped = f"{self.lists} taken", f"{self.lists} finished", threading.Event()
+
+        def outcome(item: Any) -> dict[str, Any]:
+            try:
+                return {"result": work(item)}
+            except ValueError as error:
+                return {"error": str(error)}
 
         def collect() -> None:
             over = False
@@ -785,17 +794,20 @@ class Workers:
                     if over:
                         return
                     over = stopped.wait(0.01)  # and look once more
-                done(json.loads(self.store.get(f"{finished} {number}")))
+                told = json.loads(self.store.get(f"{finished} {number}"))
+                if "error" in told:
+                    raise ValueError(told["error"])
+                done(told["result"])
 
         with ThreadPoolExecutor(1) as thread:
             collecting = thread.submit(collect)
             try:
                 while not collecting.done() and (number := self.store.add(taken, 1)) <= len(items):
-                    self.check()
-                    result = json.dumps(work(items[number - 1]))
+                    self.check_children()
+                    result = json.dumps(outcome(items[number - 1]))
                     self.store.set(f"{finished} {self.store.add(finished, 1)}", result)
                 while not collecting.done():
-                    self.check()
+                    self.check_children()
                     time.sleep(0.01)
             finally:
                 stopped.set()
@@ -807,9 +819,9 @@ class Scorer:
     architecture; infinite for a network that diverged. Each network is trained once on a task, by one of the workers:
     equal keys are one network, and what the record knows is not trained again."""
 
-    def __init__(self, space: Any, regression: Callable[[Task | RnnTask], Regression], record: Record | None = None,
+    def __init__(self, space: Any, regression_of: Callable[[Task | RnnTask], Regression], record: Record | None = None,
                  progress: Progress | None = None, workers: Workers | None = None):
-        self.space, self.regression = space, regression
+        self.space, self.regression_of = space, regression_of
         self.record, self.progress, self.workers = record or Record(), progress or Progress(0, quiet=True), workers or Workers()
         self.scores: dict[str, Score] = {}  # those that were asked for, by key
         self.drawn: tuple[Any, Any] = None, None  # the task trained last and its regression: its targets are not drawn again
@@ -833,7 +845,7 @@ class Scorer:
             key, (task, arch) = item
             start = time.perf_counter()
             if self.drawn[0] != task:
-                self.drawn = task, self.regression(task)
+                self.drawn = task, self.regression_of(task)
             loss = self.drawn[1](self.space, arch)[-1]
             return Score(key, self.space.format(arch), finite(loss), round(time.perf_counter() - start, 3))
 
@@ -1067,7 +1079,7 @@ def score(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels
     print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
     scorer([task], [arch for arch, _ in labels], tell)
     if args.plot:  # the record keeps what a network ends with; how it came there is trained again
-        curves = [scorer.regression(task)(space, arch)[:-1] for arch, _ in labels]
+        curves = [scorer.regression_of(task)(space, arch)[:-1] for arch, _ in labels]
         plot_curves(curves, [result["arch"] for result in results], f"{args.space}, task {args.task}", args.plot)
     return {"results": results}
 
@@ -1100,7 +1112,7 @@ def show_loss(loss: float) -> str:
 def show(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
     print(task.to_json())
     if args.plot:
-        regression = scorer.regression(task)
+        regression = scorer.regression_of(task)
         settings = regression.settings
         plot_signals(task.parts(settings.batch, settings.size), regression.inputs.cpu(), args.seed, args.plot)
     return {"plot": args.plot}
@@ -1288,7 +1300,7 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
 
 def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv: list[str]) -> None:
     """One mode, from its input to its result; whatever is wrong becomes a line and an exit status."""
-    start, progress = time.perf_counter(), Progress(0)
+    start, scorer, progress = time.perf_counter(), None, Progress(0)
 
     def so_far() -> str:
         if not progress.done:
@@ -1306,6 +1318,8 @@ def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv:
     except KeyboardInterrupt:
         parser.exit(130, f"\ngennas: interrupted{so_far()}\n")
     except ValueError as error:
+        if workers.rank and scorer:  # all ranks have come to it; rank 0 says it
+            parser.exit()
         parser.error(f"{error}{so_far()}")
     except WorkerDied as error:
         parser.exit(1, f"gennas: error: {error}{so_far()}\n")
@@ -1314,6 +1328,8 @@ def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if search_spaces is None:
+        sys.exit("gennas: error: the command line needs search_spaces.py; right is both files in one folder")
     parser, args = parse_arguments(argv)
     workers = Workers.join()
     if workers.rank:

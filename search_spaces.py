@@ -1036,7 +1036,7 @@ class NBNLP(SearchSpace):
         return nn.ModuleList([encoder, RecurrentNetwork(self.graph(arch, whole=True), (400, 600, 600, 400)), decoder])
 
     def flops(self, arch: tuple[Node, ...]) -> int:
-        raise ValueError("nbnlp has no flops limit: the work of a recurrent network depends on the length of its sequence")
+        raise ValueError("nbnlp has no flops limit, as the work of a recurrent network depends on the length of its sequence; right is a limit of parameters")
 
 
 class RecurrentNetwork(nn.Module):

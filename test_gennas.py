@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -1308,6 +1310,23 @@ def test_workers_share_a_list():
     assert seen[0] == seen[1] == seen[2] and sorted(seen[0]) == [i * i for i in range(1, 11)]
 
 
+def test_a_wrong_input_that_one_worker_meets_is_told_to_all():
+    store = torch.distributed.HashStore()
+
+    def work(item: int) -> int:
+        time.sleep(0.01)
+        raise ValueError(f"item {item} is wrong")
+
+    def worker(rank: int) -> str:
+        with pytest.raises(ValueError) as told:
+            gennas.Workers(store, rank).map(work, [1, 2, 3, 4], print)
+        return str(told.value)
+
+    with ThreadPoolExecutor(2) as threads:
+        said = set(threads.map(worker, range(2)))
+    assert len(said) == 1 and "is wrong" in said.pop()
+
+
 def test_results_that_came_before_an_error_are_kept():
     def work(item: int) -> int:
         if item == 3:
@@ -1586,6 +1605,26 @@ def readme_blocks(language: str) -> list[str]:
 def readme_commands() -> list[str]:
     lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
     return [re.split(" #| > | \\| |;", line.split("python ", 1)[1])[0].strip() for line in lines if "python gennas.py" in line]
+
+
+def test_each_file_alone(tmp_path):
+    """gennas.py without search_spaces.py scores an object with a space's methods; its command line says what it lacks."""
+    shutil.copy(HERE / "gennas.py", tmp_path)
+    code = """
+import torch, gennas
+class Space:
+    key = str
+    def build(self, arch):
+        body = torch.nn.Conv2d(3, arch, 3)
+        body.forward = lambda x, conv=body.forward: [conv(x)] * 3
+        return body
+images, _ = gennas.load_images("synthetic", 0)
+print(len(gennas.Regression(gennas.TASKS["combo"], images, gennas.Settings(steps=2))(Space(), 4)))
+gennas.main(["--space", "nb201"])
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == "3\n"
+    assert process.stderr == "gennas: error: the command line needs search_spaces.py; right is both files in one folder\n"
 
 
 def test_readme_space(tmp_path):
