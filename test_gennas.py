@@ -1224,23 +1224,24 @@ def undisturbed(tmp_path_factory) -> tuple[dict, dict]:
     return result, losses
 
 
-@pytest.mark.parametrize("victim", ["run", "worker"])
-def test_search_resumes_after_kill(tmp_path, undisturbed, victim):
-    """A run of which a process is killed in its middle, continued by the same command, ends as the undisturbed one."""
+@pytest.mark.parametrize("victim, status", [("run", -signal.SIGKILL), ("run", 130), ("worker", 1)])
+def test_search_resumes_after_kill(tmp_path, undisturbed, victim, status):
+    """A run of which a process is killed in its middle, or that is told to end, continued by the same command, ends as the
+    undisturbed one."""
     out = tmp_path / "scores.jsonl"
     run = subprocess.Popen([*SEARCH, "--workers", "2", "--out", out], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for_scores(out)
     if victim == "run":
-        run.kill()
+        run.send_signal(signal.SIGTERM if status == 130 else signal.SIGKILL)
     else:
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
         if not children.exists():
             pytest.skip("finds a process's children in Linux's /proc only")
         os.kill(int(children.read_text()), signal.SIGKILL)
-    assert run.wait() == (-signal.SIGKILL if victim == "run" else 1)
-    if victim == "worker":
+    assert run.wait() == status
+    if status > 0:
         stderr = run.stderr.read()
-        assert "error: worker 1 of 2 died (exit status -9); " in stderr and "Traceback" not in stderr
+        assert ("error: worker 1 of 2 died (exit status -9); " if victim == "worker" else "interrupted; ") in stderr and "Traceback" not in stderr
         assert f"{out.read_bytes().count(bytes([10])) - 1} networks are scored and kept in {out}" in stderr
     done = recorded(out)
     assert 3 <= len(done) < len(undisturbed[1])
