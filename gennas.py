@@ -2,8 +2,9 @@
 
 Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (NeurIPS 2021, arXiv 2108.01899).
 
-This file is the method from top to bottom, in the order in which it runs: the signal bases, the task (which mix of
-signals the three stages of a network must reproduce), the images, the regression, the search, the command line.
+From top to bottom: the signal bases; the task, which mix of signals the three stages of a network must reproduce, and the
+space of tasks; the images; the regression, whose loss is the score. Then what scores many networks, each once: the record,
+the progress, the workers, the scorer. Then the search, rank correlations, pictures, and the command line with its modes.
 
     python gennas.py --space nb201                                  # search an architecture
     python gennas.py --space nb201 --mode score ARCH [ARCH ...]     # score given ones
@@ -21,7 +22,7 @@ import os
 import pickle
 import random
 import shutil
-import signal
+import signal as process_signal
 import subprocess
 import sys
 import threading
@@ -74,7 +75,7 @@ def sin2d(rng: torch.Generator, shape: Shape, frequencies: Iterable[float]) -> T
 
 
 def sinusoids(rng: torch.Generator, shape: Shape, fy: Tensor, fx: Tensor) -> Tensor:
-    """C of the maps sin(2 pi (fy y + fx x) + phi), without replacement from 32 maps of each wave (fy, fx).
+    """C of the maps sin(2 pi (fy y + fx x) + phi), an image's maps of each wave (fy, fx) at most 32.
 
     A cosine is a sine with another phase; as phi ~ U(0, 2 pi), the authors' half sines and half cosines are all sines.
     """
@@ -143,7 +144,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "basis": (f"one of {', '.join(BASES)}", lambda v: isinstance(v, str) and v in BASES),
     "level": ("a number from 0 to 10", lambda v: is_number(v, 0, 10)),
     "frequencies": ("a list of 10 numbers above 0 and below 0.5", lambda v: isinstance(v, list) and len(v) == 10
-                    and all(is_number(f, 0, 0.5) and 0 < f < 0.5 for f in v)),
+                    and all(is_number(f, 0, 0.5) and f not in (0, 0.5) for f in v)),
     "density": ("a number from 0 to 1", lambda v: is_number(v, 0, 1)),
     "per_sample": ("true or false", lambda v: isinstance(v, bool)),
     "dimension": ("a whole number from 1 to 1024", lambda v: type(v) is int and 1 <= v <= 1024),
@@ -267,7 +268,7 @@ def stage(channels: int, *signals: dict[str, Any]) -> dict[str, Any]:
     return {"channels": channels, "signals": list(signals)}
 
 
-# The authors' tasks: combo and single are made by hand, the others are what their task search found on the space of that name.
+# The authors' tasks: combo, nlp-combo and nlp-single are made by hand, the others are what their task search found on the space of that name.
 MEDIUM = [.125, .15, .175, .2, .225, .25, .275, .3, .325, .35]
 HIGH = [.375, .3875, .4, .4125, .425, .4375, .45, .4625, .475, .4875]
 TASKS = {
@@ -477,12 +478,12 @@ class ArrayUnpickler(pickle.Unpickler):
 # ------------------------------------------------------------------------------------------ regression (paper, 3.1)
 @dataclass(frozen=True)
 class Settings:
-    """How a network is trained. The defaults are the paper's."""
+    """How a network is trained. The defaults are the paper's, but for the learning rate of recurrent networks."""
     steps: int = 100
     learning_rate: float = 0.1  # constant
     momentum: float = 0.9
     weight_decay: float = 4e-5  # on parameters of more than one dimension
-    rnn_learning_rate: float = 1e-3
+    rnn_learning_rate: float = 1e-3  # of the benchmark's own records
     rnn_weight_decay: float = 1.2e-6  # on all parameters
     stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)
     batch: int = 16  # images or sequences
@@ -514,7 +515,7 @@ class Heads(nn.Module):
         super().__init__()
         self.body, self.size = body.eval(), targets[0].shape[2:]
         with torch.no_grad():
-            widths = [tap.shape[1] for tap in body(images[:2])]
+            widths = [tap.shape[1] for tap in body(images[:2])]  # one image has no batch statistics where maps are of one pixel
         if len(widths) != len(targets):
             raise ValueError(f"the network gives {len(widths)} feature maps; right are {len(targets)}, one for each target")
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(w), nn.Conv2d(w, t.shape[1], 1)) for w, t in zip(widths, targets))
@@ -573,7 +574,7 @@ class Regression:
         signals = task.draw(images, seed, settings.batch, settings.size)
         tensors = [x[:, 0] for x in signals] if isinstance(task, RnnTask) else [images, *signals]
         self.inputs, *self.targets = map(self.place, tensors)
-        self.weights = torch.tensor(settings.stage_weights[-len(self.targets):], device=self.device)
+        self.stage_weights = torch.tensor(settings.stage_weights[-len(self.targets):], device=self.device)
         self.wrap, self.optimizer = self.KINDS[type(task)]
 
     def place(self, x: Tensor) -> Tensor:
@@ -598,7 +599,7 @@ class Regression:
             torch.manual_seed(seed_of("noise", *purpose))
             losses = []  # stay on the device until the end: no step waits for it
             for _ in range(settings.steps):
-                loss = self.weights @ stage_losses()
+                loss = self.stage_weights @ stage_losses()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -606,7 +607,7 @@ class Regression:
             network.eval()
             with torch.no_grad():
                 final = stage_losses()
-            losses.append(self.weights @ (final.log1p() if settings.log_score else final))
+            losses.append(self.stage_weights @ (final.log1p() if settings.log_score else final))
             return torch.stack(losses).tolist()
 
     def noise(self) -> Tensor:
@@ -634,7 +635,7 @@ class Record:
     warning. ValueError if the file holds something else, was made with other settings, or another run writes to it.
     """
 
-    def __init__(self, path: str | None = None, settings: dict[str, Any] | None = None):
+    def __init__(self, path: str | None = None, made_with: dict[str, Any] | None = None):
         self.known: dict[str, Score] = {}  # by key
         self.path, self.file = path, None
         if path is None:
@@ -649,12 +650,12 @@ class Record:
             raise ValueError(f"{path}: another run is writing to it; right is another --out file") from None
         self.file.seek(0)
         lines = self.file.read().splitlines(keepends=True)
-        header = {"settings": settings}
+        header = {"settings": made_with}
         if json.dumps(header).encode().startswith(b"".join(lines)):  # new, or torn in its first line
             self.file.truncate(0)
             self.write(header)
         else:
-            self.compare(lines[0], json.loads(json.dumps(settings)))
+            self.compare(lines[0], json.loads(json.dumps(made_with)))
             self.read(lines)
 
     def compare(self, header: bytes, settings: dict[str, Any]) -> None:
@@ -980,7 +981,7 @@ def plot_curves(curves: list[list[float]], names: list[str], title: str, path: s
     figure, ((ax,),) = new_figure(1, 1, figsize=(7, 4))
     for curve, name in zip(curves, names):
         ax.plot(range(1, len(curve) + 1), curve, label=name[:90] + "..." * (len(name) > 90))
-    ax.set(xlabel="training step", ylabel="regression loss", title=title)
+    ax.set(xlabel="training step", ylabel="squared error, weighted over the stages", title=title)
     figure.legend(loc="outside lower center", fontsize=7)
     figure.savefig(path, dpi=100)
 
@@ -1028,13 +1029,17 @@ def search(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, label
 
 
 def search_task(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
-    """Regularized evolution over tasks of the kind of `task`. A task's loss is 1 - rho on the first --limit labels; rho on
-    the other labels tells whether the task that was found is good for more than these.
+    """Regularized evolution over tasks of the kind of `task`; with --task, the first population is this task and mutants of
+    it. A task's loss is 1 - rho on the first --limit labels; rho on the other labels tells whether the task that was found
+    is good for more than these.
 
     The paper (3.4) takes |rho|. A task that ranks backwards would then count as a good one, while an architecture search
     minimises its loss.
     """
-    limit = len(labels[:args.limit])
+    limit, start = len(labels[:args.limit]), iter([task])
+
+    def draw(rng: random.Random) -> Task | RnnTask:
+        return next(start, None) or mutate_task(task, rng) if args.task else random_task(rng, type(task))
 
     def distances(tasks: list[Task | RnnTask], labels: list) -> list[float]:
         """1 - rho of each task; where rho is undefined it counts as 0."""
@@ -1048,8 +1053,8 @@ def search_task(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, 
             scorer.progress.note(loss, task.to_json())
         return losses
 
-    history = regularized_evolution(partial(random_task, kind=type(task)), mutate_task, evaluate,
-                                    random.Random(args.seed), args.population, args.tournament, args.cycles, args.batch)
+    history = regularized_evolution(draw, mutate_task, evaluate, random.Random(args.seed), args.population, args.tournament,
+                                    args.cycles, args.batch)
     best, loss = min(history, key=lambda pair: pair[1])
     found: dict[str, Any] = {"n": limit, "spearman": 1 - loss}
     said = f"spearman {found['spearman']:.3f} on the {limit} labels of the search"
@@ -1122,7 +1127,7 @@ def show(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels:
 MODES = {"search": search, "search-task": search_task, "score": score, "correlate": correlate, "show": show}
 # option -> the modes that it belongs to, where it does not belong to all
 BELONGS = {"arch": ("score",), "labels": ("correlate", "search-task"), "limit": ("correlate", "search-task"),
-           "max_params": ("search",), "max_flops": ("search",), "task": ("search", "score", "correlate", "show"),
+           "max_params": ("search",), "max_flops": ("search",),
            "out": ("search", "search-task", "score", "correlate"),
            **dict.fromkeys(("population", "tournament", "cycles", "batch"), ("search", "search-task"))}
 
@@ -1183,19 +1188,21 @@ def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     return parser, args
 
 
-def load_space(args: argparse.Namespace) -> tuple[Any, Settings, dict[str, Any]]:
-    """The space, how its networks are trained, and what else a record depends on: sizes of its networks, or its own file."""
-    if args.space in search_spaces.SPACES:
-        changes, details = EXCEPTIONS[args.preset].get(args.space.split("-")[0], ({}, {}))
-        space = search_spaces.get(args.space, **details)
-    else:
-        space, changes = search_spaces.get(args.space), {}
-        details = {"file": hashlib.sha256(Path(args.space.rpartition(":")[0]).read_bytes()).hexdigest()[:12]}
-    if args.max_flops:
-        if not hasattr(space, "flops"):
-            raise ValueError(f"--max-flops: {args.space} has no flops(arch)")
-        space.flops(space.random(random.Random(0)))  # says so if this space does not count them
-    return space, replace(PRESETS[args.preset], **changes | ({"steps": args.steps} if args.steps else {})), details
+def exceptions(name: str, preset: str) -> tuple[dict[str, int], dict[str, int]]:
+    """What is other than in the preset for the space of a `--space` name: settings, and sizes of its networks."""
+    return EXCEPTIONS[preset].get(name.split("-")[0], ({}, {})) if name in search_spaces.SPACES else ({}, {})
+
+
+def own_file(name: str) -> str | None:
+    """What names the content of FILE.py in a record, for a `--space` FILE.py:CLASS."""
+    return None if name in search_spaces.SPACES else hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()[:12]
+
+
+def load_space(name: str, preset: str = "fast", steps: int | None = None) -> tuple[Any, Settings]:
+    """The space of a `--space` name with networks of the preset's sizes, and how they are trained. ValueError as of
+    `search_spaces.get`."""
+    changes, sizes = exceptions(name, preset)
+    return search_spaces.get(name, **sizes), replace(PRESETS[preset], **changes | ({"steps": steps} if steps else {}))
 
 
 def read_task(name: str) -> Task | RnnTask:
@@ -1213,12 +1220,13 @@ def read_task(name: str) -> Task | RnnTask:
 def load_task(args: argparse.Namespace, space: Any) -> Task | RnnTask:
     """The task that was asked for, by default that of the space; ValueError if it is not of the space's kind."""
     default = getattr(space, "task", "nb101")
-    args.task = args.task or default
-    task = read_task(args.task)
+    task = read_task(args.task or default)
     if type(task) is not type(read_task(default)):
         raise ValueError(f"task {args.task} is not for {args.space}; right is one like {default}")
     if isinstance(task, RnnTask) and args.images != "synthetic":
         raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
+    if args.mode != "search-task":  # which starts from none unless it is told to
+        args.task = args.task or default
     return task
 
 
@@ -1271,13 +1279,15 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     told = workers.share("input") if workers.rank else None
     if args.plot:
         check_plot(args.plot)
-    space, settings, details = load_space(args)
+    space, settings = load_space(args.space, args.preset, args.steps)
+    if args.max_flops and not getattr(space, "flops", None):
+        raise ValueError(f"--max-flops: {args.space} does not count operations; right is --max-params")
     task = load_task(args, space)
     labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
     device = find_device(args.device)
     images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
-    searched = args.mode == "search-task"
-    made_with = {"space": args.space, "task": None if searched else asdict(task), "images": args.images, **asdict(settings), **details,
+    made_with = {"space": args.space, "file": own_file(args.space), "sizes": exceptions(args.space, args.preset)[1],
+                 "task": None if args.mode == "search-task" else asdict(task), "images": args.images, **asdict(settings),
                  "seed": args.seed, "device": device.type}
     if not told:
         record = Record(args.out, made_with)
@@ -1285,8 +1295,8 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
         total = {"search": evaluated, "search-task": evaluated * chosen + len(labels) - chosen}.get(args.mode, len(labels))
         progress = Progress(total, args.quiet or args.mode == "show")
         if not args.quiet:
-            print(f"gennas: {args.mode} {args.space}, {'' if searched else f'task {args.task}, '}{settings.steps} steps, images {args.images}, "
-                  f"on {device}", file=sys.stderr)
+            start = f"task {args.task}, " if args.task else ""
+            print(f"gennas: {args.mode} {args.space}, {start}{settings.steps} steps, images {args.images}, on {device}", file=sys.stderr)
         workers.start(min(args.workers or default_workers(device), total) if args.mode != "show" else 1, argv)
         workers.share("input", {"made with": json.dumps(made_with), "labels": [(space.format(arch), value) for arch, value in labels],
                                 "known": list(record.known.values())})
@@ -1348,5 +1358,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers end with the run
+    process_signal.signal(process_signal.SIGTERM, process_signal.default_int_handler)  # as Ctrl-C: the workers end with the run
     main()

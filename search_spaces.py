@@ -216,11 +216,12 @@ class SearchSpace:
     """Mutation, reading and counting, for a space that has
 
     neighbour(arch, rng) -> arch    a valid arch that differs in one choice, whatever its key
+    graph(arch) -> Graph            the live, canonical one, which `key` spells; or a `key` of its own
     read(text) -> arch              `parse` without a message: any of the usual exceptions for malformed text
     benchmark(arch) -> nn.Module    the benchmark's own network, dead operations and classifier included
     """
     name: str
-    task: str  # the task that the authors used for this space
+    task: str  # the task that the authors used for this space; for nbmacro, which they did not use, a choice made here
     spelling: str  # what `parse` reads, in words
     side = 32  # of the images of the benchmark
     labels: list[tuple[Any, float]] | None = None  # recorded values that come with the code, higher = better
@@ -313,7 +314,7 @@ class NB101(SearchSpace):
     """
     name = task = "nb101"
     OPS = "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3"
-    VERTICES, EDGES = 7, 9
+    VERTICES, MOST_EDGES = 7, 9
     spelling = ("[matrix, ops] as JSON: an upper-triangular 0/1 matrix of 2 to 7 vertices with a path from the first to the last and at "
                 f"most 9 edges; ops input, then {', '.join(OPS)}, then output")
 
@@ -342,7 +343,7 @@ class NB101(SearchSpace):
 
     def valid(self, arch: NB101Cell) -> bool:
         graph = self.graph(arch, whole=True)
-        return bool(graph[-1].inputs) and sum(len(vertex.inputs) for vertex in graph) <= self.EDGES
+        return bool(graph[-1].inputs) and sum(len(vertex.inputs) for vertex in graph) <= self.MOST_EDGES
 
     def graph(self, arch: NB101Cell, whole: bool = False) -> Graph:
         """The vertices on a path from the input to the output (`whole`: in the order given)."""
@@ -587,7 +588,7 @@ CELL_SPACES = {  # nodes of a cell; whether the output has only the loose ends, 
 class Cells(SearchSpace):
     """The cell spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`), width and depth searched or fixed.
 
-    The ImageNet network's values are those of its records; of the CIFAR one's no record is at hand.
+    The ImageNet network's values are those of its records; the CIFAR network's could not be compared with records.
     """
     task = "darts"
     MACRO = {  # imagenet -> widths, depths, fixed width and depth; the fixed CIFAR ones are a choice made here
@@ -894,7 +895,7 @@ class Node(NamedTuple):
 
 
 class NBNLP(SearchSpace):
-    """NAS-Bench-NLP (Klyuchnikov et al., IEEE Access 2022): 14,322 recurrent cells. An arch is a recipe, a tuple of nodes.
+    """NAS-Bench-NLP (Klyuchnikov et al., IEEE Access 2022): recurrent cells. An arch is a recipe, a tuple of nodes.
 
     A node works on x, the previous hidden states h_prev_0 ... h_prev_2 and other nodes; the nodes h_new_i become the next
     hidden states, and h_new_0 is the layer's output. Three layers, 400 -> 600 -> 600 -> 400. In a `reservoir` the recurrent
@@ -904,6 +905,7 @@ class NBNLP(SearchSpace):
     ACTIVATIONS = "activation_tanh", "activation_sigm", "activation_leaky_relu"
     ARITY = {"linear": (2, 3), "blend": (3,), "elementwise_prod": (2,), "elementwise_sum": (2,), **dict.fromkeys(ACTIVATIONS, (1,))}
     WORDS = 10_000  # of the benchmark's vocabulary
+    flops = None  # they depend on the length of the sequence
     spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}} without a cycle, over x (of linear only) and h_prev_i, '
                 f"with h_new_0 and as many h_new as h_prev, ops {', '.join(ARITY)}")
 
@@ -1034,9 +1036,6 @@ class NBNLP(SearchSpace):
         encoder, decoder = nn.Embedding(self.WORDS, 400), nn.Linear(400, self.WORDS)
         decoder.weight = encoder.weight
         return nn.ModuleList([encoder, RecurrentNetwork(self.graph(arch, whole=True), (400, 600, 600, 400)), decoder])
-
-    def flops(self, arch: tuple[Node, ...]) -> int:
-        raise ValueError("nbnlp has no flops limit, as the work of a recurrent network depends on the length of its sequence; right is a limit of parameters")
 
 
 class RecurrentNetwork(nn.Module):

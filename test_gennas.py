@@ -1139,6 +1139,19 @@ def test_search_task(run, tmp_path):
     assert timeless(last_json(run(*command, "--json", "--out", out)[1])) == timeless(result) and recorded(out) == losses
 
 
+def test_search_task_from_a_task(run):
+    """The first population is the given task and mutants of it."""
+    command = "--mode", "search-task", "--limit", 3, "--population", 1, "--json"
+    assert last_json(run(*command, "--task", "darts", "--cycles", 0)[1])["task"] == json.loads(gennas.TASKS["darts"].to_json())
+    assert last_json(run(*command, "--cycles", 0)[1])["task"] == json.loads(gennas.random_task(random.Random(0)).to_json())
+    rng, asked = random.Random(0), []
+    mutants = [gennas.mutate_task(gennas.TASKS["darts"], rng) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gennas, "Regression", lambda task, **_: asked.append(task) or (lambda space, arch: [1.0]))
+        run("--mode", "search-task", "--limit", 3, "--population", 3, "--cycles", 0, "--task", "darts")
+    assert asked[:3] == [gennas.TASKS["darts"], *mutants]
+
+
 def test_search_task_with_workers(tmp_path):
     """Killed in its middle and continued by other workers, it finds the task of the undisturbed run, and says so once."""
     command = [sys.executable, "gennas.py", "--space", "nb201", "--mode", "search-task", "--limit", "4", "--steps", "1", "--population", "3", "--tournament", "2",
@@ -1430,7 +1443,7 @@ def test_recurrent_command_line(capsys, monkeypatch):
     gennas.main([*base, "--population", "3", "--tournament", "2", "--cycles", "3"])
     result = last_json(capsys.readouterr().out)
     assert NBNLP().params(NBNLP().parse(result["arch"])) == result["params"] and result["images"] == "none"
-    for words, said in ((["--task", "combo"], "right is one like nlp"), (["--max-flops", "9"], "no flops limit")):
+    for words, said in ((["--task", "combo"], "right is one like nlp"), (["--max-flops", "9"], "does not count operations")):
         with pytest.raises(SystemExit, match="2"):
             gennas.main([*base, *words])
         assert said in capsys.readouterr().err
@@ -1505,7 +1518,6 @@ WRONG = [  # words of the command line, what the message must say
     (["--nonsense"], ["nonsense"]),
     ([RICH], ["ARCH belongs to --mode score"]),
     (["--limit", "3"], ["limit belongs to --mode correlate or search-task"]),
-    (["--mode", "search-task", "--task", "combo"], ["--task belongs to", "not to --mode search-task"]),
     (["--mode", "search-task", "--max-params", "9"], ["max-params belongs to --mode search"]),
     (["--mode", "search-task", "--limit", "2"], ["at least 3"]),
     (["--space", "nb101", "--mode", "search-task"], ["needs --labels", "nb101 has no labels of its own"]),
@@ -1691,6 +1703,7 @@ def test_readme_python(code, tmp_path, monkeypatch):
     Path("frontier.jsonl").write_text("".join(json.dumps(run | {"space": space}) + "\n" for space in ("nb201", "nb101")))
     for name, settings in gennas.PRESETS.items():
         monkeypatch.setitem(gennas.PRESETS, name, replace(settings, steps=1))
+    monkeypatch.setitem(gennas.EXCEPTIONS["fast"], "nb201", ({}, {"width": 4, "cells": 1}))
     exec(code, {})
 
 
