@@ -21,7 +21,6 @@ import math
 import os
 import pickle
 import random
-import shutil
 import signal as process_signal
 import subprocess
 import sys
@@ -42,7 +41,9 @@ from torch.nn import functional as F
 
 try:
     import search_spaces
-except ImportError:  # a copy of this file alone: it scores any object that has a search space's methods
+except ModuleNotFoundError as error:  # a copy of this file alone: it scores any object that has a search space's methods
+    if error.name != "search_spaces":
+        raise
     search_spaces = None
 try:
     import fcntl
@@ -685,13 +686,16 @@ class Record:
                 self.file.truncate(end)
 
     def add(self, score: Score) -> None:
-        self.known[score.key] = score
         if self.file:
             self.write(score._asdict())
+        self.known[score.key] = score
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from None
 
 
 class Progress:
@@ -699,7 +703,7 @@ class Progress:
 
     def __init__(self, total: int, quiet: bool = False):
         self.total, self.quiet, self.done, self.replayed = total, quiet, 0, 0
-        self.start, self.told = time.monotonic(), -math.inf
+        self.start, self.told, self.open = time.monotonic(), -math.inf, False
         self.best: tuple[float, str] = (math.inf, "")
 
     def note(self, loss: float, what: str) -> None:
@@ -717,8 +721,9 @@ class Progress:
         rate = (self.done - self.replayed) / max(now - self.start, 1e-9)
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "replayed"
         line = "  ".join([f"{self.done}/{self.total}", f"{rate:.2f}/s", left, *self.leader()])
-        line = line[:shutil.get_terminal_size((200, 1)).columns - 1]
-        print(f"\r\x1b[K{line}" if terminal else line, end="\n" if not terminal or self.done == self.total else "", file=sys.stderr, flush=True)
+        line = line[:(os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 200) - 1]
+        self.open = terminal and self.done < self.total
+        print(f"\r\x1b[K{line}" if terminal else line, end="" if self.open else "\n", file=sys.stderr, flush=True)
 
     def leader(self) -> list[str]:
         """The best so far, if there is one."""
@@ -726,8 +731,8 @@ class Progress:
         return [f"best {show_loss(loss)} {what}"] if what else []
 
 
-class WorkerDied(Exception):
-    """A process that shares the work of the run has ended before the run."""
+class WorkersFailed(Exception):
+    """A process that shares the work of the run has ended before the run, or does other work."""
 
 
 class Workers:
@@ -768,7 +773,7 @@ class Workers:
     def check_children(self) -> None:
         for rank, child in enumerate(self.children, start=1):
             if child.poll():  # None while it runs, 0 when it is through
-                raise WorkerDied(f"worker {rank} of {len(self.children) + 1} died (exit status {child.returncode})")
+                raise WorkersFailed(f"worker {rank} of {len(self.children) + 1} died (exit status {child.returncode})")
 
     def share(self, name: str, value: Any = None) -> Any:
         """What rank 0 gives, on all ranks; anything that JSON has."""
@@ -779,7 +784,7 @@ class Workers:
     def map(self, work: Callable[[Any], Any], items: list[Any], done: Callable[[Any], None]) -> None:
         """`work` on every item, in whichever process is free; `done` with every result (what JSON has), in all processes,
         in the order in which they come and while this process works on. All processes must give the same items in the
-        same order. What is a ValueError in one is one in all. WorkerDied once its results are all in."""
+        same order. What is a ValueError in one is one in all. WorkersFailed once its results are all in."""
         self.lists += 1
         taken, finished, stopped = f"{self.lists} taken", f"{self.lists} finished", threading.Event()
 
@@ -849,7 +854,10 @@ class Scorer:
             start = time.perf_counter()
             if self.drawn[0] != task:
                 self.drawn = task, self.regression_of(task)
-            loss = self.drawn[1](self.space, arch)[-1]
+            try:
+                loss = self.drawn[1](self.space, arch)[-1]
+            except ValueError as error:
+                raise ValueError(f"{self.space.format(arch)}: {error}") from error
             return Score(key, self.space.format(arch), finite(loss), round(time.perf_counter() - start, 3))
 
         def receive(result: list[Any]) -> None:
@@ -867,7 +875,7 @@ class Scorer:
         if unknown:
             self.workers.map(train, list(unknown.items()), receive)
         if not counts.keys() <= self.scores.keys():
-            raise ValueError("workers ask for different architectures; right is a space whose methods depend on their arguments alone")
+            raise WorkersFailed("workers ask for different architectures; right is a space whose methods depend on their arguments alone")
         return [[self.scores[key].rank_by for key in row] for row in keys]
 
 
@@ -1034,46 +1042,49 @@ FINALISTS, JUDGES = 10, 2  # tasks, and seeds that choose among them
 
 def search_task(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
     """Regularized evolution over tasks of the kind of `task`; with --task, the first population is this task and mutants of
-    it. A task's loss is 1 - rho on the first --limit labels; of the best few the answer is the best by other seeds. Rho on
-    the other labels tells whether the task that was found is good for more than these.
+    it. A task's loss is -rho on the first --limit labels; of the best few the answer is the best by other seeds of
+    weights, noise and signals. Rho on the other labels tells whether the task that was found is good for more than these.
 
     The paper (3.4) takes |rho|, and the best of the search. A task that ranks backwards would then count as a good one, while
     an architecture search minimises its loss; and the best of many has had the luck of its seed.
     """
-    limit, start = len(labels[:args.limit]), iter([task])
+    searched, held_out = labels[:args.limit], labels[args.limit or len(labels):]
+    start = [task] if args.task else []
     judges = [Scorer(scorer.space, partial(scorer.regression_of, seed=seed), scorer.record, scorer.progress, scorer.workers, f"seed {seed} ")
               for seed in range(args.seed + 1, args.seed + 1 + JUDGES)]
 
     def draw(rng: random.Random) -> Task | RnnTask:
-        return next(start, None) or mutate_task(task, rng) if args.task else random_task(rng, type(task))
+        if start:
+            return start.pop()
+        return mutate_task(task, rng) if args.task else random_task(rng, type(task))
 
-    def distances(tasks: list[Task | RnnTask], labels: list, scorer: Scorer = scorer) -> list[float]:
-        """1 - rho of each task; where rho is undefined it counts as 0."""
+    def rhos(scorer: Scorer, tasks: list[Task | RnnTask], labels: list) -> list[float]:
+        """Of each task; where rho is undefined it counts as 0."""
         archs, values = zip(*labels)
         rows = scorer(tasks, archs, tell=lambda score: None)
-        return [1 - (finite(spearman([-loss for loss in row], values)) or 0.0) for row in rows]
+        return [finite(spearman([-loss for loss in row], values)) or 0.0 for row in rows]
 
     def evaluate(tasks: list[Task | RnnTask]) -> list[float]:
-        losses = distances(tasks, labels[:limit])
-        for task, loss in zip(tasks, losses):
-            scorer.progress.note(loss, task.to_json())
+        losses = [-rho for rho in rhos(scorer, tasks, searched)]
+        for candidate, loss in zip(tasks, losses):
+            scorer.progress.note(loss, candidate.to_json())
         return losses
 
     history = regularized_evolution(draw, mutate_task, evaluate, random.Random(args.seed), args.population, args.tournament,
                                     args.cycles, args.batch)
     finalists = sorted(history, key=lambda pair: pair[1])[:FINALISTS]
-    judged = np.mean([distances([task for task, _ in finalists], labels[:limit], judge) for judge in judges], axis=0)
-    best, loss = finalists[judged.argmin()]
-    found = {"n": limit, "spearman": 1 - loss, "spearman_other_seeds": 1 - judged.min()}
-    said = f"spearman {found['spearman']:.3f} on the {limit} labels of the search, {found['spearman_other_seeds']:.3f} by other seeds"
-    if len(labels) > limit:
-        found |= {"n_held_out": len(labels) - limit, "spearman_held_out": 1 - distances([best], labels[limit:])[0]}
-        said += f", {found['spearman_held_out']:.3f} on {found['n_held_out']} others"
+    judged = np.mean([rhos(judge, [candidate for candidate, _ in finalists], searched) for judge in judges], axis=0)
+    best, loss = finalists[judged.argmax()]
+    found = {"n": len(searched), "spearman": -loss, "spearman_other_seeds": judged.max()}
+    said = f"spearman {found['spearman']:.3f} on the {len(searched)} labels of the search, {judged.max():.3f} by other seeds"
+    if held_out:
+        found |= {"n_held_out": len(held_out), "spearman_held_out": rhos(scorer, [best], held_out)[0]}
+        said += f", {found['spearman_held_out']:.3f} on {len(held_out)} others"
     print(best.to_json())
     if not args.quiet:
         print(f"gennas: {said}; the best of {len(history)} evaluated tasks", file=sys.stderr)
     if args.plot:
-        plot_search([loss for _, loss in history], "1 - spearman", f"{args.space}, {len(history)} tasks", args.plot)
+        plot_search([loss for _, loss in history], "- spearman", f"{args.space}, {len(history)} tasks", args.plot)
     return {"task": asdict(best), **found, "evaluated": len(history)}
 
 
@@ -1093,6 +1104,8 @@ def score(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels
     print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
     scorer([task], [arch for arch, _ in labels], tell)
     if args.plot:  # the record keeps what a network ends with; how it came there is trained again
+        if not args.quiet:
+            print("gennas: trains them once more for the plot", file=sys.stderr)
         curves = [scorer.regression_of(task)(space, arch)[:-1] for arch, _ in labels]
         plot_curves(curves, [result["arch"] for result in results], f"{args.space}, task {args.task}", args.plot)
     return {"results": results}
@@ -1215,9 +1228,10 @@ def load_space(name: str, preset: str = "fast", steps: int | None = None) -> tup
 
 def read_task(name: str) -> Task | RnnTask:
     """A task of the table by its name, or one from a JSON file."""
+    name = str(name)
     if name in TASKS:
         return TASKS[name]
-    if not str(name).endswith(".json"):
+    if not name.endswith(".json"):
         raise ValueError(f"unknown task {name!r}; right is one of {', '.join(TASKS)} or a FILE.json")
     try:
         return JsonTask.from_json(Path(name).read_text(encoding="utf-8"))
@@ -1233,8 +1247,6 @@ def load_task(args: argparse.Namespace, space: Any) -> Task | RnnTask:
         raise ValueError(f"task {args.task} is not for {args.space}; right is one like {default}")
     if isinstance(task, RnnTask) and args.images != "synthetic":
         raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
-    if args.mode != "search-task":  # which starts from none unless it is told to
-        args.task = args.task or default
     return task
 
 
@@ -1266,11 +1278,14 @@ def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
         labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
         if labels is None:
             raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
-        labels = [(arch, float(value)) for arch, value in labels]
+        try:
+            labels = [(arch, float(value)) for arch, value in labels]
+        except (TypeError, ValueError):
+            raise ValueError(f"labels of {args.space}: right is [(arch, number)]") from None
         chosen = labels[:args.limit]
         if len(chosen) < 3:
             raise ValueError(f"--mode {args.mode}: right are at least 3 architectures, not {len(chosen)}")
-        return labels if args.mode == "search-task" else chosen
+        return labels if args.mode == "search-task" and len(labels) - len(chosen) >= 3 else chosen
     texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
     archs = [(space.parse(text), None) for text in texts if text.strip()]
     if args.mode == "score" and not archs:
@@ -1291,6 +1306,8 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     if args.max_flops and not getattr(space, "flops", None):
         raise ValueError(f"--max-flops: {args.space} does not count operations; right is --max-params")
     task = load_task(args, space)
+    if args.mode != "search-task":  # which starts from none unless it is told to
+        args.task = args.task or getattr(space, "task", "nb101")
     labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
     device = find_device(args.device)
     images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
@@ -1313,38 +1330,37 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
         record, progress = Record(), Progress(0, quiet=True)
         record.known = {score.key: score for score in (Score(*line) for line in told["known"])}
     else:
-        raise ValueError(f"worker {workers.rank} has another task, other images or another kind of device than worker 0; right are the same")
+        raise ValueError(f"worker {workers.rank} has another task, other images, another FILE.py or another kind of device than worker 0; right are the same")
     regression = partial(Regression, images=images, settings=settings, seed=args.seed, device=device)
     return Scorer(space, regression, record, progress, workers), task, labels
 
 
 def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv: list[str]) -> None:
     """One mode, from its input to its result; whatever is wrong becomes a line and an exit status."""
-    start, scorer, progress = time.perf_counter(), None, Progress(0)
+    start, scorer = time.perf_counter(), None
 
-    def so_far() -> str:
-        if not progress.done:
-            return ""
-        kept = f" and kept in {args.out}, the same command goes on from there" if args.out else ""
-        return "; ".join(["", f"{progress.done} networks are scored{kept}", *progress.leader()])
+    def end(status: int, message: str) -> None:
+        """Say what is wrong and what is known so far; below the progress line, if that is still open."""
+        if scorer and scorer.record.known:
+            message += f"; {len(scorer.record.known)} networks are scored" + bool(args.out) * f" and kept in {args.out}"
+            message = "; ".join([message, *scorer.progress.leader()])
+        parser.exit(status, "\n" * bool(scorer and scorer.progress.open) + f"gennas: {message}\n")
 
     try:
         scorer, task, labels = prepare(args, workers, argv)
-        progress = scorer.progress
         result = MODES[args.mode](args, scorer, task, labels)
         if args.json:
             print(json.dumps({"mode": args.mode, "space": args.space, "task": args.task, **result, "preset": args.preset, "images": args.images,
-                              "seconds": round(time.perf_counter() - start, 3)}), flush=True)
-    except KeyboardInterrupt:
-        parser.exit(130, f"\ngennas: interrupted{so_far()}\n")
-    except ValueError as error:
+                              "seconds": round(time.perf_counter() - start, 3)}))
+        sys.stdout.flush()
+    except (KeyboardInterrupt, ValueError) as error:
         if workers.rank and scorer:  # all ranks have come to it; rank 0 says it
             parser.exit()
-        parser.error(f"{error}{so_far()}")
-    except WorkerDied as error:
-        parser.exit(1, f"gennas: error: {error}{so_far()}\n")
+        end(*(130, "interrupted") if isinstance(error, KeyboardInterrupt) else (2, f"error: {error}"))
+    except WorkersFailed as error:
+        end(1, f"error: {error}")
     except OSError as error:
-        parser.exit(1 if progress.done else 2, f"gennas: error: {error.filename or args.out or 'stdout'}: {error.strerror or error}{so_far()}\n")
+        end(1 if scorer else 2, f"error: {error.filename or 'stdout'}: {error.strerror or error}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1367,5 +1383,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    process_signal.signal(process_signal.SIGTERM, process_signal.default_int_handler)  # as Ctrl-C: the workers end with the run
+    if os.environ.get("RANK", "0") == "0":  # as Ctrl-C: the workers end with the run
+        process_signal.signal(process_signal.SIGTERM, process_signal.default_int_handler)
     main()

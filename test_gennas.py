@@ -964,14 +964,13 @@ def test_regression_takes_as_many_and_as_small_images_as_the_settings_say():
 
 
 @pytest.mark.parametrize("space, preset, steps, side, width", [
-    ("nb201", "paper", 100, 32, None), ("nb201", "fast", 44, 32, 4), ("nbmacro", "fast", 72, 16, None), ("resnext-a-in", "fast", 24, 16, None)])
-def test_presets_in_a_space(capsys, tmp_path, space, preset, steps, side, width):
-    """Read from the head of a record; the network is so wide, too."""
-    gennas.main(["--space", space, "--preset", preset, "--mode", "show", "--out", str(tmp_path / "out.jsonl")])
-    settings = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["settings"]
-    assert (settings["steps"], settings["side"], settings.get("width")) == (steps, side, width)
+    ("nb201", "paper", 100, 32, 16), ("nb201", "fast", 44, 32, 4), ("nbmacro", "fast", 72, 16, None), ("resnext-a-in", "fast", 24, 16, None)])
+def test_presets_in_a_space(space, preset, steps, side, width):
+    made, settings = gennas.load_space(space, preset)
+    assert (settings.steps, settings.side) == (steps, side) and gennas.load_space(space, preset, 7)[1] == replace(settings, steps=7)
     if width:
-        assert search_spaces.get(space, width=width).build(NB201().parse(RICH))[0][0][0].out_channels == width
+        assert made.build(made.parse(RICH))[0][0][0].out_channels == width
+    assert set(search_spaces.CELL_SPACES) <= set(gennas.EXCEPTIONS["fast"])
 
 
 def test_no_step_waits_for_the_device():
@@ -1272,7 +1271,7 @@ def test_search_resumes_after_kill(tmp_path, undisturbed, victim, status):
     if status > 0:
         stderr = run.stderr.read()
         assert ("error: worker 1 of 2 died (exit status -9); " if victim == "worker" else "interrupted; ") in stderr and "Traceback" not in stderr
-        assert f"{out.read_bytes().count(bytes([10])) - 1} networks are scored and kept in {out}" in stderr
+        assert f"{out.read_bytes().count(bytes([10])) - 1} networks are scored and kept in {out}; best " in stderr
     done = recorded(out)
     assert 3 <= len(done) < len(undisturbed[1])
     assert run_search("--workers", 2, "--out", out) == undisturbed[0] and recorded(out) == undisturbed[1]
@@ -1620,6 +1619,15 @@ def test_interrupt_tells_the_best(run, monkeypatch):
     assert status == 130 and "interrupted; 2 networks are scored; best " in stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_stdout_that_cannot_be_written(options):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([*SEARCH[:-1], "--workers", "1", "--quiet", *options], cwd=HERE, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 1 and process.stderr.startswith("gennas: error: stdout: No space left on device; ")
+    assert process.stderr.count("\n") == 1
+
+
 def test_importing_does_nothing():
     code = "import torch, random, numpy as np; s = torch.get_rng_state(), random.getstate(), torch.get_num_threads(); import gennas, search_spaces; " \
            "assert torch.equal(s[0], torch.get_rng_state()) and s[1:] == (random.getstate(), torch.get_num_threads()); " \
@@ -1638,8 +1646,13 @@ def readme_commands() -> list[str]:
 
 
 def test_each_file_alone(tmp_path):
-    """gennas.py without search_spaces.py scores an object with a space's methods; its command line says what it lacks."""
+    """search_spaces.py builds a network; gennas.py scores an object with a space's methods, its command line says what it lacks."""
+    alone = tmp_path / "spaces"
+    alone.mkdir()
     shutil.copy(HERE / "gennas.py", tmp_path)
+    shutil.copy(HERE / "search_spaces.py", alone)
+    code = "import torch, random, search_spaces as s; space = s.get('nb201'); print(len(space.build(space.random(random.Random(0)))(torch.zeros(2, 3, 32, 32))))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=alone, capture_output=True, text=True).stdout == "3\n"
     code = """
 import torch, gennas
 class Space:
@@ -1673,7 +1686,9 @@ def test_readme_space(tmp_path):
     rng = random.Random(0)
     for arch in [space.random(rng) for _ in range(20)]:
         assert space.parse(space.format(arch)) == arch and space.key(space.mutate(arch, rng)) != space.key(arch)
-    for name, said in (("less.py:Plain", "has no mutate"), ("less.py:Fancy", "Fancy"), ("absent.py:Plain", "No such file")):
+    (tmp_path / "flat.py").write_text(example.replace("enumerate(arch)", "enumerate(arch[:1])"))
+    for name, said in (("less.py:Plain", "has no mutate"), ("less.py:Fancy", "Fancy"), ("absent.py:Plain", "No such file"),
+                       ("flat.py:Plain", "feature maps")):  # met in training, by two workers, told by one
         process = subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True)
         assert process.returncode == 2 and said in process.stderr and process.stderr.count("\n") == 1, process.stderr
 
@@ -1706,7 +1721,7 @@ def test_workers_that_disagree():
         def map(self, work, items, done):
             done(["another key", "another", 1.0, 1.0])
 
-    with pytest.raises(ValueError, match="workers ask for different architectures"):
+    with pytest.raises(gennas.WorkersFailed, match="workers ask for different architectures"):
         Scorer(NB201(), None, workers=Deaf())([small_task()], [NB201().parse(RICH)])
 
 
