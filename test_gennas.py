@@ -185,13 +185,14 @@ def test_targets_are_sums_of_signals():
 
 
 def test_published_tasks():
-    for name, published in gennas.TASKS.items():
-        assert Task.from_json(published.to_json()) == published, name
-        assert all(t.isfinite().all() and t.std() > 0 for t in targets(published, 0)), name
+    published = {name: known for name, known in gennas.TASKS.items() if not name.startswith("found-")}
+    for name, known in gennas.TASKS.items():
+        assert Task.from_json(known.to_json()) == known, name
+        assert all(t.isfinite().all() and (t.std() > 0 or name not in published) for t in targets(known, 0)), name
     if SHARED.exists():
         authors = json.loads((SHARED / "published_tasks.json").read_text())
-        for name, published in gennas.TASKS.items():
-            assert json.loads(published.to_json()) == authors[name], name
+        for name, known in published.items():
+            assert json.loads(known.to_json()) == authors[name], name
 
 
 @pytest.mark.parametrize("path, value", [
