@@ -1752,6 +1752,12 @@ def test_readme_commands(run, tmp_path, monkeypatch, command):
     cells = {"nb201": [RICH, DEAD, "[[3],[0,0],[1,0,0]]"], "nb101": [NB101().format(NB101().random(random.Random(seed))) for seed in range(3)]}
     for space, archs in cells.items():
         Path(f"{space}.json").write_text(json.dumps(list(zip(archs, range(3)))))
+    monkeypatch.setitem(search_spaces.SPACES, "nbnlp", lambda **sizes: NBNLP((6, 8, 6), **sizes))
+    Path("nb101_20.json").write_text(Path("nb101.json").read_text())
+    Path("logs").mkdir()
+    for seed in range(3):
+        recipe = NBNLP().format(NBNLP().random(random.Random(seed)))
+        Path(f"logs/{seed}.json").write_text(json.dumps({"recepie": recipe, "status": "OK", "val_losses": [5.0 + seed]}))
     Path("my_task.json").write_text(small_task().to_json())
     Path("my_space.py").write_text(next(block for block in readme_blocks("python") if "class Plain" in block))
     Path("figures").mkdir()
