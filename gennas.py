@@ -341,6 +341,9 @@ TASKS = {
         dict(basis="sin1d", level=1.0, frequencies=MEDIUM, per_sample=True),
         dict(basis="sin2d", level=1.0, frequencies=MEDIUM, per_sample=True)]] * 2),
     "nlp-single": RnnTask(dict(kind="uniform", level=0.0), 64, *[[dict(basis="dot", level=1.0, density=1.0, per_sample=True)]] * 2),
+    "found-nlp": RnnTask(dict(kind="gaussian", level=0.1), 80, [], [
+        dict(basis="dot", level=2.8, density=0.4558, per_sample=True),
+        dict(basis="gdot", level=0.7, density=0.1026, per_sample=True)]),
 }
 
 
