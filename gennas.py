@@ -1262,9 +1262,8 @@ def read_task(name: str) -> Task | RnnTask:
         raise ValueError(f"{name}: {error}") from None
 
 
-def load_task(args: argparse.Namespace, space: Any) -> Task | RnnTask:
-    """The task that was asked for, by default that of the space; ValueError if it is not of the space's kind."""
-    default = getattr(space, "task", "nb101")
+def load_task(args: argparse.Namespace, default: str) -> Task | RnnTask:
+    """The task that was asked for, by default that of the space; ValueError if it is not of that one's kind."""
     task = read_task(args.task or default)
     if type(task) is not type(read_task(default)):
         raise ValueError(f"task {args.task} is not for {args.space}; right is one like {default}")
@@ -1328,9 +1327,10 @@ def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tupl
     space, settings = load_space(args.space, args.preset, args.steps)
     if args.max_flops and not getattr(space, "flops", None):
         raise ValueError(f"--max-flops: {args.space} does not count operations; right is --max-params")
-    task = load_task(args, space)
+    default = getattr(space, "task", "nb101")
+    task = load_task(args, default)
     if args.mode != "search-task":  # which starts from none unless it is told to
-        args.task = args.task or getattr(space, "task", "nb101")
+        args.task = args.task or default
     labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
     device = find_device(args.device)
     images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
