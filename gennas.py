@@ -2,9 +2,10 @@
 
 Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (NeurIPS 2021, arXiv 2108.01899).
 
-From top to bottom: the signal bases; the task, which mix of signals the three stages of a network must reproduce, and the
-space of tasks; the images; the regression, whose loss is the score. Then what scores many networks, each once: the record,
-the progress, the workers, the scorer. Then the search, rank correlations, pictures, and the command line with its modes.
+From top to bottom, in the order in which it runs: the signal bases; the task, which mix of signals the three stages of
+a network must reproduce; the images; the regression, whose loss is the score; regularized evolution, of architectures
+and of tasks; rank correlation. That is the method. Below the banner stands what it takes to run it: the authors' tasks,
+image files, the record of scores, workers, pictures, and the command line:
 
     python gennas.py --space nb201                                  # search an architecture
     python gennas.py --space nb201 --mode score ARCH [ARCH ...]     # score given ones
@@ -14,25 +15,51 @@ the progress, the workers, the scorer. Then the search, rank correlations, pictu
 """
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import math
 import os
-import pickle
-import random
-import signal as process_signal
-import subprocess
-import sys
+import signal as os_signal
 import threading
 import time
+
+
+def end_at_once(*_: object) -> None:
+    os._exit(130)
+
+
+def end_with_parent() -> None:
+    """Let this worker process end, whatever it does, as soon as the one that started it is gone."""
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(0)
+
+    threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
+
+
+# Before torch, which takes seconds to load:
+if __name__ == "__main__" and os_signal.getsignal(os_signal.SIGINT) != os_signal.SIG_IGN:
+    os_signal.signal(os_signal.SIGINT, end_at_once)
+elif __name__ == "__mp_main__":
+    end_with_parent()
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import pickle
+import pickletools
+import random
+import reprlib
+import sys
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache
+from io import BytesIO
+from multiprocessing import connection, get_context
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +68,7 @@ from torch.nn import functional as F
 
 try:
     import search_spaces
-except ModuleNotFoundError as error:  # a copy of this file alone: it scores any object that has a search space's methods
+except ModuleNotFoundError as error:  # a copy of this file alone scores any object that has a search space's methods
     if error.name != "search_spaces":
         raise
     search_spaces = None
@@ -54,6 +81,10 @@ except ImportError:  # not on Windows: there a record is not guarded against a s
 def seed_of(*purpose: Any) -> int:
     """A seed that depends on what it is for and on nothing else: not on order, process or machine."""
     return int.from_bytes(hashlib.sha256(json.dumps(purpose).encode()).digest()[:4], "big")
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 # ----------------------------------------------------------------------------------------- signal bases (paper, 3.2)
@@ -91,10 +122,10 @@ def sinusoids(rng: torch.Generator, shape: Shape, fy: Tensor, fx: Tensor) -> Ten
 def dot(rng: torch.Generator, shape: Shape, density: float, least: int = 0) -> Tensor:
     """floor(density H W) positions, at least `least`, are +1 or -1; the others 0."""
     B, C, H, W = shape
-    count = max(least, math.floor(density * H * W))
+    dots = max(least, math.floor(density * H * W))
     shuffled = torch.rand(B, C, H * W, generator=rng).argsort(-1)
     signs = 2 * torch.randint(0, 2, (B, C, H * W), generator=rng) - 1
-    return torch.where(shuffled < count, signs, 0).float().view(shape)
+    return torch.where(shuffled < dots, signs, 0).float().view(shape)
 
 
 def gdot(rng: torch.Generator, shape: Shape, density: float) -> Tensor:
@@ -104,7 +135,7 @@ def gdot(rng: torch.Generator, shape: Shape, density: float) -> Tensor:
 
 
 def blur_matrix(size: int, radius: int = 4) -> Tensor:
-    """(size, size): convolution with a gaussian of sigma 1, cut at `radius`, the border mirrored with its edge repeated."""
+    """(size, size): convolution with a gaussian of sigma 1, cut at `radius`, the border mirrored, its edge repeated."""
     gaussian = np.exp(-np.arange(-radius, radius + 1) ** 2 / 2)
     mirrored = np.pad(np.eye(size), ((radius, radius), (0, 0)), mode="symmetric")
     rows = np.lib.stride_tricks.sliding_window_view(mirrored, 2 * radius + 1, axis=0)  # (size, size, taps)
@@ -129,268 +160,137 @@ BASES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 
 
 # -------------------------------------------------------------------------------------------------- task (paper, 3.3)
-def is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+class Checked:
+    """A part of a task; ValueError, as it is made, names a field that is out of its range."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
-MAX_CHANNELS = 2 * 10 * MAPS_PER_WAVE  # sin1d has this many maps to draw from
-LIST = "a list of objects", lambda v: isinstance(v, list) and all(isinstance(s, dict) for s in v)
-# field of a task -> what is right, in words and as a test
-RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "noise": ("an object with kind and level", lambda v: isinstance(v, dict)),
-    "kind": ("uniform or gaussian", lambda v: v in ("uniform", "gaussian")),
-    "stages": ("a list of three objects", lambda v: isinstance(v, list) and len(v) == 3),
-    "channels": (f"a whole number from 1 to {MAX_CHANNELS}", lambda v: type(v) is int and 1 <= v <= MAX_CHANNELS),
-    "signals": LIST, "input": LIST, "target": LIST,
-    "basis": (f"one of {', '.join(BASES)}", lambda v: isinstance(v, str) and v in BASES),
-    "level": ("a number from 0 to 10", lambda v: is_number(v, 0, 10)),
-    "frequencies": ("a list of 10 numbers above 0 and below 0.5", lambda v: isinstance(v, list) and len(v) == 10
-                    and all(is_number(f, 0, 0.5) and f not in (0, 0.5) for f in v)),
-    "density": ("a number from 0 to 1", lambda v: is_number(v, 0, 1)),
-    "per_sample": ("true or false", lambda v: isinstance(v, bool)),
-    "dimension": ("a whole number from 1 to 1024", lambda v: type(v) is int and 1 <= v <= 1024),
-}
+@dataclass(frozen=True)
+class Signal(Checked):
+    """`level` (0 to 10) times maps of a basis.
+
+    per_sample: whether each image has maps of its own or all share the same; not of resize. frequencies: of sin1d and
+    sin2d, 10 in cycles per position, above 0 and below 0.5. density: of dot and gdot, the share of positions, 0 to 1.
+    """
+    basis: str
+    level: float
+    per_sample: bool | None = None
+    frequencies: tuple[float, ...] | None = None
+    density: float | None = None
+
+    def maps(self, shape: Shape, images: Tensor | None, *purpose: Any) -> Tensor:
+        """Before the level, (B, C, H, W), or (1, C, H, W) if all images share them; from a generator that the basis and
+        the purpose seed, so that no other signal matters."""
+        basis, names = BASES[self.basis]
+        values = {name: getattr(self, name) for name in names if name != "per_sample"} or {"images": images}
+        shape = (1, *shape[1:]) if self.per_sample is False else shape
+        return basis(torch.Generator().manual_seed(seed_of(*purpose, self.basis)), shape, **values)
 
 
-def check(part: Any, names: tuple[str, ...], where: str) -> None:
-    """ValueError, with the place, unless `part` is a dict of exactly these fields, each as RULES says."""
-    if not isinstance(part, dict) or set(part) != set(names):
-        found = ", ".join(map(str, part)) if isinstance(part, dict) else repr(part)
-        raise ValueError(f"{where}: right is an object with {', '.join(names)}, not {found}")
-    for name in names:
-        words, test = RULES[name]
-        if not test(part[name]):
-            raise ValueError(f"{where}.{name}: right is {words}, not {json.dumps(part[name])[:60]}")
+@dataclass(frozen=True)
+class Noise(Checked):
+    """What is added to the input in every pass: "uniform" in [-level, level], "gaussian" times the level (0 to 10)."""
+    kind: str
+    level: float
 
 
-class JsonTask:
-    """What the tasks of CNNs and of recurrent networks share: to and from JSON, and the drawing of signals."""
+@dataclass(frozen=True)
+class Stage(Checked):
+    """What the maps of one tap must become: `channels` (1 to 640) sums of signals, each basis at most once."""
+    channels: int
+    signals: tuple[Signal, ...]
 
-    @classmethod
-    def from_json(cls, text: str) -> Any:
-        """A Task or a RnnTask, as the text has it. ValueError names a field that is absent, unknown or out of its range."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"task: not JSON ({error})") from None
-        kind = RnnTask if isinstance(data, dict) and "dimension" in data else Task
-        check(data, tuple(field.name for field in fields(kind)), "task")
-        return kind(**data)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+Parts = dict[str, tuple[tuple[Signal, ...], Shape]]  # name of a tensor -> the signals that it sums, and its shape
 
-    def digest(self) -> str:
-        """What names the task in a record."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+class AnyTask(Checked):
+    """What the tasks of CNNs and of recurrent networks, which say what `parts` they have, share."""
 
     def draw(self, images: Tensor | None, seed: int, batch: int = 16, size: int = 8) -> list[Tensor]:
-        """The tensors (batch, C, H, W) of all parts, from (task, images, seed) alone: the three targets of a CNN, or the
-        input and the target of a recurrent network."""
-        return [part.total(images, seed) for part in self.parts(batch, size)]
+        """The tensors (B, C, H, W) of all parts, from (task, images, seed) alone: sums of level * maps."""
+        return [sum((signal.level * signal.maps(shape, images, name, seed) for signal in signals), torch.zeros(shape))
+                for name, (signals, shape) in self.parts(batch, size).items()]
 
-    def check_fields(self) -> None:
-        check(vars(self), tuple(vars(self)), "task")
-        check(self.noise, ("kind", "level"), "task.noise")
+    def to_json(self) -> str:
+        return json.dumps(asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None}))
 
-    def check_signals(self, signals: list[dict[str, Any]], where: str) -> None:
-        for j, signal in enumerate(signals):
-            check({"basis": signal.get("basis")}, ("basis",), f"{where}[{j}]")
-            check(signal, ("basis", "level", *BASES[signal["basis"]][1]), f"{where}[{j}]")
+    def digest(self) -> str:
+        """What names the task in a record: equal tasks have equal digests, a level may be 1 or 1.0."""
+        return digest_of(json.dumps(json.loads(self.to_json(), parse_int=float)).encode())
 
 
 @dataclass(frozen=True)
-class Task(JsonTask):
-    """What a CNN must regress, and the noise on its input. ValueError names a field that is out of its range.
+class Task(AnyTask):
+    """What a CNN must regress at its three taps, and the noise on its input."""
+    noise: Noise
+    stages: tuple[Stage, ...]
 
-    noise: {"kind": "uniform" | "gaussian", "level": a}. stages: for each of the three taps {"channels": C, "signals":
-    [...]}, a signal being {"basis": ..., "level": ..., and the fields that BASES lists for it}. Frequencies are in cycles
-    per position; with `per_sample` each image has maps of its own, else all share the same.
-    """
-    noise: dict[str, Any]
-    stages: list[dict[str, Any]]
-
-    def __post_init__(self) -> None:
-        self.check_fields()
-        for i, stage in enumerate(self.stages):
-            check(stage, ("channels", "signals"), f"task.stages[{i}]")
-            self.check_signals(stage["signals"], f"task.stages[{i}].signals")
-
-    def parts(self, batch: int, size: int) -> list[Part]:
-        """The target of each stage."""
-        return [Part("target", i, stage["signals"], (batch, stage["channels"], size, size)) for i, stage in enumerate(self.stages)]
+    def parts(self, batch: int, size: int) -> Parts:
+        return {f"target {number}": (stage.signals, (batch, stage.channels, size, size))
+                for number, stage in enumerate(self.stages, start=1)}
 
 
 @dataclass(frozen=True)
-class RnnTask(JsonTask):
-    """What a recurrent network must make of what: the signals of `input` and of `target`, sequences of `dimension` numbers."""
-    noise: dict[str, Any]
+class RnnTask(AnyTask):
+    """What a recurrent network must make of what: sequences of `dimension` numbers, each one map, y its time and x its
+    feature."""
+    noise: Noise
     dimension: int
-    input: list[dict[str, Any]]
-    target: list[dict[str, Any]]
+    input: tuple[Signal, ...]
+    target: tuple[Signal, ...]
 
-    def __post_init__(self) -> None:
-        self.check_fields()
-        for name in ("input", "target"):
-            self.check_signals(getattr(self, name), f"task.{name}")
-            if not all(signal.get("per_sample") for signal in getattr(self, name)):
-                raise ValueError(f"task.{name}: right are signals other than resize with per_sample true")
-
-    def parts(self, batch: int, size: int) -> list[Part]:
-        """The input and the target: for each sequence one map, y its time and x its feature."""
-        return [Part(name, 0, getattr(self, name), (batch, 1, size, self.dimension)) for name in ("input", "target")]
+    def parts(self, batch: int, size: int) -> Parts:
+        return {name: (getattr(self, name), (batch, 1, size, self.dimension)) for name in ("input", "target")}
 
 
-class Part(NamedTuple):
-    """One tensor of signals that a task draws: what it is called, its signals and its shape."""
-    name: str
-    number: int
-    signals: list[dict[str, Any]]
-    shape: Shape
-
-    def maps(self, j: int, images: Tensor | None, seed: int) -> Tensor:
-        """The maps (B, C, H, W) of signal j before its level, drawn from a generator of its own; (1, C, H, W) if all images
-        share them."""
-        basis, names = BASES[self.signals[j]["basis"]]
-        values, shape = {name: self.signals[j][name] for name in names}, self.shape
-        if "per_sample" not in values:
-            values["images"] = images
-        elif not values.pop("per_sample"):
-            shape = (1, *shape[1:])
-        return basis(torch.Generator().manual_seed(seed_of(self.name, self.number, j, seed)), shape, **values)
-
-    def total(self, images: Tensor | None, seed: int) -> Tensor:
-        """The sum over signals of level * maps, (B, C, H, W); zero without signals."""
-        maps = (signal["level"] * self.maps(j, images, seed) for j, signal in enumerate(self.signals))
-        return sum(maps, start=torch.zeros(self.shape))
-
-
-def stage(channels: int, *signals: dict[str, Any]) -> dict[str, Any]:
-    return {"channels": channels, "signals": list(signals)}
-
-
-# The authors' tasks: combo, nlp-combo and nlp-single are made by hand, the others are what their task search found on the space of that name. The found-
-# ones are what the search of this file found there on 20 labels, by the commands that the README gives.
-MEDIUM = [.125, .15, .175, .2, .225, .25, .275, .3, .325, .35]
-HIGH = [.375, .3875, .4, .4125, .425, .4375, .45, .4625, .475, .4875]
-TASKS = {
-    "combo": Task(dict(kind="gaussian", level=0.0), [
-        stage(64, dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
-                  dict(basis="sin2d", level=1.0, frequencies=HIGH, per_sample=True),
-                  dict(basis="dot", level=1.0, density=1.0, per_sample=True)),
-        stage(64, dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
-                  dict(basis="sin2d", level=1.0, frequencies=MEDIUM, per_sample=True),
-                  dict(basis="resize", level=1.0)),
-        stage(64, dict(basis="sin1d", level=1.0, frequencies=HIGH, per_sample=True),
-                  dict(basis="dot", level=1.0, density=1.0, per_sample=True),
-                  dict(basis="resize", level=1.0)),
-    ]),
-    "nb101": Task(dict(kind="uniform", level=0.1), [
-        stage(64, dict(basis="sin2d", level=1.1, frequencies=[.0143, .0169, .0149, .0204, .0229, .0172, .0156, .0192, .0155, .0146], per_sample=True)),
-        stage(48, dict(basis="sin1d", level=1.8, frequencies=[.2991, .306, .3038, .288, .2934, .2961, .3059, .2929, .3056, .2959], per_sample=True),
-                  dict(basis="sin2d", level=2.9, frequencies=[.3798, .3818, .3583, .3276, .2649, .2808, .4205, .3414, .3036, .4203], per_sample=True),
-                  dict(basis="gdot", level=1.1, density=0.578125, per_sample=True),
-                  dict(basis="resize", level=2.4)),
-        stage(16, dict(basis="sin1d", level=1.5, frequencies=[.1539, .1057, .1066, .1576, .1337, .1051, .1319, .1318, .1028, .1094], per_sample=False),
-                  dict(basis="sin2d", level=0.9, frequencies=[.1979, .2031, .1034, .2048, .1357, .2091, .2454, .0864, .1352, .1453], per_sample=False),
-                  dict(basis="gdot", level=2.1, density=0.4375, per_sample=False),
-                  dict(basis="resize", level=2.2)),
-    ]),
-    "darts": Task(dict(kind="gaussian", level=0.2), [
-        stage(80, dict(basis="gdot", level=1.6, density=0.5, per_sample=True),
-                  dict(basis="resize", level=1.3)),
-        stage(32, dict(basis="dot", level=2.2, density=0.71875, per_sample=True),
-                  dict(basis="gdot", level=1.0, density=0.609375, per_sample=False),
-                  dict(basis="resize", level=2.1)),
-        stage(80, dict(basis="gdot", level=1.7, density=0.5625, per_sample=True),
-                  dict(basis="resize", level=0.5)),
-    ]),
-    "resnet": Task(dict(kind="gaussian", level=0.9), [
-        stage(16, dict(basis="sin1d", level=1.1, frequencies=[.3792, .3348, .3835, .2973, .3064, .3438, .2157, .3374, .3203, .2363], per_sample=False),
-                  dict(basis="dot", level=0.5, density=0.09375, per_sample=False)),
-        stage(16, dict(basis="sin2d", level=1.2, frequencies=[.1185, .2206, .0596, .2331, .2272, .2653, .1877, .1083, .1095, .0563], per_sample=True),
-                  dict(basis="dot", level=2.9, density=0.3125, per_sample=True),
-                  dict(basis="resize", level=2.3)),
-        stage(32, dict(basis="sin2d", level=1.8, frequencies=[.3785, .3794, .3447, .2706, .2607, .3945, .2793, .3832, .3228, .3014], per_sample=True),
-                  dict(basis="gdot", level=2.1, density=0.5, per_sample=False)),
-    ]),
-    "found-nb101": Task(dict(kind="gaussian", level=0.2), [
-        stage(80, dict(basis="sin1d", level=0.8, frequencies=[.2712, .2637, .3085, .3141, .2379, .3487, .2378, .2616, .2465, .2434], per_sample=True),
-                  dict(basis="gdot", level=1.1, density=0.5865, per_sample=True)),
-        stage(48),
-        stage(80, dict(basis="sin2d", level=2.7, frequencies=[.2349, .2342, .2136, .2178, .2373, .2334, .2082, .2224, .1957, .1992], per_sample=True),
-                  dict(basis="resize", level=1.9)),
-    ]),
-    "found-nb201": Task(dict(kind="gaussian", level=0.1), [
-        stage(96, dict(basis="sin2d", level=1.6, frequencies=[.1929, .2084, .1714, .2396, .1934, .2487, .2229, .1848, .2271, .2353], per_sample=True),
-                  dict(basis="dot", level=0.5, density=0.0012, per_sample=True),
-                  dict(basis="resize", level=0.9)),
-        stage(32, dict(basis="sin1d", level=2.0, frequencies=[.358, .3585, .3626, .3659, .3361, .3554, .3419, .3605, .3458, .3503], per_sample=True),
-                  dict(basis="sin2d", level=1.1, frequencies=[.2054, .3601, .3148, .2119, .2307, .1134, .2055, .2905, .3013, .384], per_sample=False),
-                  dict(basis="gdot", level=1.7, density=0.7694, per_sample=False),
-                  dict(basis="resize", level=0.8)),
-        stage(64, dict(basis="sin1d", level=1.9, frequencies=[.2412, .1738, .0822, .0528, .2561, .4088, .2613, .1265, .3324, .2627], per_sample=False),
-                  dict(basis="sin2d", level=1.5, frequencies=[.0409, .0627, .0388, .1, .0899, .0421, .0893, .1079, .0827, .0746], per_sample=False),
-                  dict(basis="dot", level=2.5, density=0.9885, per_sample=False)),
-    ]),
-    "nlp": RnnTask(dict(kind="uniform", level=0.6), 48, [
-        dict(basis="sin2d", level=2.6, frequencies=[.1955, .2282, .1843, .2073, .2208, .1345, .1703, .223, .1903, .1915], per_sample=True)], [
-        dict(basis="sin2d", level=0.8, frequencies=[.1722, .1701, .1686, .1655, .1647, .1702, .1642, .1771, .1712, .1723], per_sample=True),
-        dict(basis="gdot", level=0.7, density=0.8626, per_sample=True)]),
-    "nlp-combo": RnnTask(dict(kind="uniform", level=0.0), 64, *[[
-        dict(basis="sin1d", level=1.0, frequencies=MEDIUM, per_sample=True),
-        dict(basis="sin2d", level=1.0, frequencies=MEDIUM, per_sample=True)]] * 2),
-    "nlp-single": RnnTask(dict(kind="uniform", level=0.0), 64, *[[dict(basis="dot", level=1.0, density=1.0, per_sample=True)]] * 2),
-    "found-nlp": RnnTask(dict(kind="gaussian", level=0.1), 80, [], [
-        dict(basis="dot", level=2.8, density=0.4558, per_sample=True),
-        dict(basis="gdot", level=0.7, density=0.1026, per_sample=True)]),
-}
-
-
-# ---------------------------------------------------------------------------------------- the space of tasks (paper, 3.4)
+# --------------------------------------------------------------------------------------- space of tasks (paper, 3.4)
 WIDTHS = range(16, 97, 16)  # channels of a stage, numbers of a sequence
 # field of a signal -> its draw; rounded, so that a task is what its JSON says
 DRAWS: dict[str, Callable[[random.Random], Any]] = {
-    "frequencies": lambda rng: random_band(rng.uniform(0, 0.5), rng.uniform(0, 0.5), rng),
+    "frequencies": lambda rng: band(rng.uniform(0, 0.5), rng.uniform(0, 0.5), rng),
     "density": lambda rng: round(rng.random(), 4),
     "per_sample": lambda rng: rng.random() < 0.5,
 }
 
 
-def random_band(low: float, high: float, rng: random.Random) -> list[float]:
-    return [min(max(round(rng.uniform(low, high), 4), 0.0001), 0.4999) for _ in range(10)]
+def band(low: float, high: float, rng: random.Random) -> tuple[float, ...]:
+    return tuple(min(max(round(rng.uniform(low, high), 4), 0.0001), 0.4999) for _ in range(10))
 
 
-def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> list[dict[str, Any]]:
+def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tuple[Signal, ...]:
     """Each basis with chance 1/2, of any level and form; `fixed` are fields that are not drawn."""
-    return [{"basis": basis, "level": rng.randint(5, 29) / 10, **{name: DRAWS[name](rng) for name in BASES[basis][1]}, **fixed}
-            for basis in bases if rng.random() < 0.5]
+    return tuple(Signal(basis, rng.randint(5, 29) / 10, **{name: DRAWS[name](rng) for name in BASES[basis][1]} | fixed)
+                 for basis in bases if rng.random() < 0.5)
 
 
-def random_task(rng: random.Random, kind: type[Task | RnnTask] = Task) -> Task | RnnTask:
-    """A draw from the space of tasks of a kind."""
-    noise = {"kind": rng.choice(("gaussian", "uniform")), "level": rng.randint(0, 9) / 10}
+def random_task(rng: random.Random, kind: type[AnyTask]) -> AnyTask:
+    """A draw from the space of tasks of a kind, Task or RnnTask."""
+    noise = Noise(rng.choice(("gaussian", "uniform")), rng.randint(0, 9) / 10)
     if kind is Task:
-        return Task(noise, [stage(rng.choice(WIDTHS), *random_signals(rng, BASES)) for _ in range(3)])
+        return Task(noise, tuple(Stage(rng.choice(WIDTHS), random_signals(rng, BASES)) for _ in range(3)))
     bases = [basis for basis in BASES if basis != "resize"]
     return RnnTask(noise, rng.choice(WIDTHS), *[random_signals(rng, bases, per_sample=True) for _ in range(2)])
 
 
-def mutate_task(task: Task | RnnTask, rng: random.Random) -> Task | RnnTask:
-    """Another task: with chance 0.2 each, the noise, the channels of a stage and the signal of a basis are drawn again."""
+def mutate_task(task: AnyTask, rng: random.Random) -> AnyTask:
+    """Another task: with chance 0.2 each, the noise, a stage's channels and the signal of a basis are drawn again."""
     other = random_task(rng, type(task))
 
     def pick(old: Any, new: Any) -> Any:
         return new if rng.random() < 0.2 else old
 
-    def pick_signals(old: list, new: list) -> list:
-        by_basis = [{signal["basis"]: signal for signal in signals} for signals in (old, new)]
-        return [signal for basis in BASES if (signal := pick(*[signals.get(basis) for signals in by_basis]))]
+    def pick_signals(old: tuple[Signal, ...], new: tuple[Signal, ...]) -> tuple[Signal, ...]:
+        by_basis = [{signal.basis: signal for signal in signals} for signals in (old, new)]
+        picked = [pick(*[signals.get(basis) for signals in by_basis]) for basis in BASES]
+        return tuple(signal for signal in picked if signal)
 
     noise = pick(task.noise, other.noise)
     if isinstance(task, Task):
-        child = Task(noise, [stage(pick(a["channels"], b["channels"]), *pick_signals(a["signals"], b["signals"]))
-                             for a, b in zip(task.stages, other.stages)])
+        child = Task(noise, tuple(Stage(pick(a.channels, b.channels), pick_signals(a.signals, b.signals))
+                                  for a, b in zip(task.stages, other.stages)))
     else:
         child = RnnTask(noise, pick(task.dimension, other.dimension), pick_signals(task.input, other.input),
                         pick_signals(task.target, other.target))
@@ -398,49 +298,11 @@ def mutate_task(task: Task | RnnTask, rng: random.Random) -> Task | RnnTask:
 
 
 # ----------------------------------------------------------------------------------------------------------- images
-CIFAR = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # channel means and standard deviations of 0..255 values
-IMAGENET16 = (122.68, 116.66, 104.01), (63.22, 61.26, 65.09)
-STATISTICS = {3 * 32 * 32: CIFAR, 3 * 16 * 16: IMAGENET16}  # by the length of a row of a pickled batch
-PIXELS = "uint8", "float16", "float32", "float64"
-BATCHES = "data_batch_1", "train", "train_data_batch_1"  # the first training file of CIFAR-10, CIFAR-100, ImageNet16
-
-
-def load_images(source: str, seed: int, count: int = 16) -> tuple[Tensor, str]:
-    """The first `count` images, normalised, (count, 3, 32, 32), and a line that says which they are.
-
-    `source`: "synthetic", or the path of a CIFAR-10/100 or ImageNet16-120 python batch or of its folder, or of a
-    .npy/.npz array (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]. ValueError for any other content.
-    """
-    if source == "synthetic":
-        images = synthetic_images(torch.Generator().manual_seed(seed_of("images", seed)), count)
-        return normalise(images), "synthetic (1/f noise)"
-    path = Path(source)
-    if path.is_dir():
-        path = next((path / name for name in BATCHES if (path / name).is_file()), None)
-        if path is None:
-            raise ValueError(f"images {source}: the folder has none of {', '.join(BATCHES)}")
-    try:
-        array, statistics = read_array(path) if path.suffix in (".npy", ".npz") else read_batch(path)
-        images = torch.from_numpy(np.ascontiguousarray(array[:count]))
-        if len(images) < count:
-            raise ValueError(f"{len(images)} images, {count} are needed")
-        digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:12]
-        images = images.float() / (1 if images.is_floating_point() else 255)
-        if not 0 <= images.min() <= images.max() <= 1:  # false for NaN as well
-            raise ValueError("float values outside of [0, 1]")
-        images = resized(normalise(images, statistics), 32)
-    except OSError:
-        raise
-    except Exception as error:  # a broken file can raise anything
-        raise ValueError(f"images {path}: {type(error).__name__}: {error}; right is a CIFAR-10/100 or ImageNet16 python batch, its "
-                         "folder, or a .npy or .npz array (N, H, W, 3) or (N, 3, H, W), uint8 or float in [0, 1]") from None
-    return images, f"{path.name} (first {count}, sha256 {digest})"
-
-
-def resized(images: Tensor, side: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, side, side): larger by nearest, smaller without aliasing."""
-    smaller = side < images.shape[2]
-    return F.interpolate(images, size=side, mode="bilinear" if smaller else "nearest", antialias=smaller)
+def synthetic_images(rng: torch.Generator, batch: int) -> Tensor:
+    """(B, 3, 32, 32): noise with the 1/f spectrum of natural images, 0.9 of its variance common to the colours."""
+    frequency = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)).clamp(min=1 / 32)  # (32, 17)
+    maps = torch.fft.irfft2(torch.fft.rfft2(torch.randn(batch, 4, 32, 32, generator=rng)) / frequency)
+    return 0.9 ** 0.5 * maps[:, :1] + 0.1 ** 0.5 * maps[:, 1:]
 
 
 def normalise(images: Tensor, statistics: Any = None) -> Tensor:
@@ -454,49 +316,10 @@ def normalise(images: Tensor, statistics: Any = None) -> Tensor:
     return (images - mean) / std
 
 
-def synthetic_images(rng: torch.Generator, count: int) -> Tensor:
-    """Noise with the 1/f amplitude spectrum of natural images, nine tenths of its variance shared by the three colours."""
-    frequency = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)).clamp(min=1 / 32)  # (32, 17)
-    maps = torch.fft.irfft2(torch.fft.rfft2(torch.randn(count, 4, 32, 32, generator=rng)) / frequency)
-    return 0.9 ** 0.5 * maps[:, :1] + 0.1 ** 0.5 * maps[:, 1:]
-
-
-def read_array(path: Path) -> tuple[np.ndarray, None]:
-    """The images of a .npy or .npz file as (N, 3, H, W), to be normalised by the statistics of those that are used."""
-    with open(path, "rb") as file:
-        content = np.load(file, allow_pickle=False)
-        arrays = [content] if isinstance(content, np.ndarray) else [content[name] for name in content.files]
-    images = max(arrays, key=np.ndim)
-    if images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]) or images.dtype.name not in PIXELS:
-        raise ValueError(f"{images.dtype.name} array of shape {images.shape}")
-    return (images.transpose(0, 3, 1, 2) if images.shape[3] == 3 else images), None
-
-
-def read_batch(path: Path) -> tuple[np.ndarray, Any]:
-    """The images of a pickled batch as (N, 3, H, W), and the statistics of their data set."""
-    with open(path, "rb") as file:
-        batch = ArrayUnpickler(file, encoding="bytes").load()
-    data = batch[b"data"] if b"data" in batch else batch["data"]
-    if data.dtype != np.uint8 or data.shape[1] not in STATISTICS:
-        raise ValueError(f"pixels of type {data.dtype} in rows of {data.shape[1]}")
-    side = math.isqrt(data.shape[1] // 3)
-    return data.reshape(-1, 3, side, side), STATISTICS[data.shape[1]]
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Admits arrays, bytes, strings, numbers, lists and dicts; a pickle that names anything else is refused."""
-    ADMITTED = {
-        "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
-        "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
-        "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
-        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        asked = f"{module}.{name}".replace("numpy._core", "numpy.core")
-        if asked not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"the pickle asks for {asked}")
-        return self.ADMITTED[asked]
+def resized(images: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, side, side): larger by nearest, smaller without aliasing."""
+    smaller = side < images.shape[2]
+    return F.interpolate(images, size=side, mode="bilinear" if smaller else "nearest", antialias=smaller)
 
 
 # ------------------------------------------------------------------------------------------ regression (paper, 3.1)
@@ -517,8 +340,8 @@ class Settings:
     log_score: bool = False  # the score is the weighted sum of the stages' log(1 + loss), not of their losses
 
 
-# `fast`: small images make a step cheap and rank NAS-Bench-101 better. The running statistics of batch norm lag behind for
-# some 70 steps, in deep networks more; without them fewer steps will do.
+# `fast`: small images make a step cheap and rank NAS-Bench-101 better. The running statistics of batch norm lag behind
+# for some 70 steps, in deep networks more; without them fewer steps will do.
 PRESETS = {"paper": Settings(), "fast": Settings(steps=72, batch=8, side=16, batch_statistics=True, log_score=True)}
 # preset -> family of spaces -> the settings and the network's sizes that are other ones there
 EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
@@ -533,16 +356,17 @@ EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
 
 
 class Heads(nn.Module):
-    """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to its target's channels."""
+    """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to a target's channels."""
 
     def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor]):
         super().__init__()
         self.body, self.size = body.eval(), targets[0].shape[2:]
         with torch.no_grad():
-            widths = [tap.shape[1] for tap in body(images[:2])]  # one image has no batch statistics where maps are of one pixel
+            widths = [tap.shape[1] for tap in body(images[:2])]  # one image's map of one pixel has no batch statistics
         if len(widths) != len(targets):
-            raise ValueError(f"the network gives {len(widths)} feature maps; right are {len(targets)}, one for each target")
-        self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(w), nn.Conv2d(w, t.shape[1], 1)) for w, t in zip(widths, targets))
+            raise ValueError(f"expected {len(targets)} feature maps, one for each target, not {len(widths)}")
+        self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
+                                   for width, target in zip(widths, targets))
 
     def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three (B, C, size, size)
         return [head(F.interpolate(tap, size=self.size)) for head, tap in zip(self.heads, self.body(images))]
@@ -554,7 +378,8 @@ class EncoderDecoder(nn.Module):
     def __init__(self, body: nn.Module, sequences: Tensor, targets: list[Tensor]):
         super().__init__()
         self.body = body
-        self.encoder, self.decoder = nn.Linear(sequences.shape[2], body.width), nn.Linear(body.width, targets[0].shape[2])
+        self.encoder = nn.Linear(sequences.shape[2], body.width)
+        self.decoder = nn.Linear(body.width, targets[0].shape[2])
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
@@ -563,40 +388,35 @@ class EncoderDecoder(nn.Module):
         return [self.decoder(self.body(self.encoder(sequences)))]
 
 
-def without_running_statistics(body: nn.Module) -> None:
-    for module in body.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-
-
-def sgd(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def sgd(network: nn.Module, settings: Settings, fused: bool) -> torch.optim.Optimizer:
     matrices, vectors = ([p for p in network.parameters() if (p.ndim > 1) == big] for big in (True, False))
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors}]
-    return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=True)
+    return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=fused)
 
 
-def adam(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.Adam(network.parameters(), settings.rnn_learning_rate, weight_decay=settings.rnn_weight_decay, fused=True)
+def adam(network: nn.Module, settings: Settings, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.Adam(network.parameters(), settings.rnn_learning_rate, weight_decay=settings.rnn_weight_decay,
+                            fused=fused)
 
 
 class Regression:
     """The regression of one task on one batch of images, the same targets for every architecture (paper, 3.1).
 
     `regression(space, arch)` trains the network and returns its losses at all steps and, last, what eval() mode gives
-    after them: the score, lower is better. It is a pure function of (space, space.key(arch), task, images, settings, seed)
-    and the kind of device: weights, noise and dropout are seeded by space, key and seed, and the state of the global
-    generators is put back. `images`: as `load_images` gives them, the first settings.batch are taken and made settings.side
-    pixels wide; None for a recurrent task, whose input is a signal.
+    after them: the score, lower is better. It is a pure function of (space, space.key(arch), task, images, settings,
+    seed) and the kind of device: weights, noise and dropout are seeded by space, key and seed, and the state of the
+    global generators is put back. `images`: as `load_images` gives them, the first settings.batch are taken and made
+    settings.side pixels wide; None for a recurrent task, whose input is a signal.
     """
     KINDS: dict[type, tuple[Callable, Callable]] = {Task: (Heads, sgd), RnnTask: (EncoderDecoder, adam)}
 
-    def __init__(self, task: Task | RnnTask, images: Tensor | None, settings: Settings = PRESETS["paper"], seed: int = 0,
+    def __init__(self, task: AnyTask, images: Tensor | None, settings: Settings = PRESETS["paper"], seed: int = 0,
                  device: str | torch.device = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
         if images is not None:
             images = resized(images[:settings.batch], settings.side)
-        signals = task.draw(images, seed, settings.batch, settings.size)
-        tensors = [x[:, 0] for x in signals] if isinstance(task, RnnTask) else [images, *signals]
+        drawn = task.draw(images, seed, settings.batch, settings.size)
+        tensors = [x[:, 0] for x in drawn] if isinstance(task, RnnTask) else [images, *drawn]
         self.inputs, *self.targets = map(self.place, tensors)
         self.stage_weights = torch.tensor(settings.stage_weights[-len(self.targets):], device=self.device)
         self.wrap, self.optimizer = self.KINDS[type(task)]
@@ -605,24 +425,23 @@ class Regression:
         return x.to(self.device, memory_format=torch.channels_last if x.ndim == 4 else torch.preserve_format)
 
     def __call__(self, space: Any, arch: Any) -> list[float]:
-        settings = self.settings
         purpose = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
 
         def stage_losses() -> Tensor:
             outputs = network(self.inputs + self.noise())
             return torch.stack([F.mse_loss(output, target) for output, target in zip(outputs, self.targets)])
 
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with generators_kept(self.device):
             torch.manual_seed(seed_of("weights", *purpose))
             body = space.build(arch)  # on the CPU: equal weights on all devices
-            if settings.batch_statistics:
-                without_running_statistics(body)
+            if self.settings.batch_statistics:
+                torch.func.replace_all_batch_norm_modules_(body)
             network = self.wrap(body, self.inputs.cpu(), self.targets)
             network = network.to(self.device, memory_format=torch.channels_last).train()
-            optimizer = self.optimizer(network, settings)
+            optimizer = self.optimizer(network, self.settings, fused=self.device.type != "mps")  # needs a newer torch
             torch.manual_seed(seed_of("noise", *purpose))
             losses = []  # stay on the device until the end: no step waits for it
-            for _ in range(settings.steps):
+            for _ in range(self.settings.steps):
                 loss = self.stage_weights @ stage_losses()
                 optimizer.zero_grad()
                 loss.backward()
@@ -631,21 +450,414 @@ class Regression:
             network.eval()
             with torch.no_grad():
                 final = stage_losses()
-            losses.append(self.stage_weights @ (final.log1p() if settings.log_score else final))
+            losses.append(self.stage_weights @ (final.log1p() if self.settings.log_score else final))
             return torch.stack(losses).tolist()
 
     def noise(self) -> Tensor:
-        kind, level = self.task.noise["kind"], self.task.noise["level"]
-        draw = torch.empty_like(self.inputs)
-        return (draw.uniform_(-1, 1) if kind == "uniform" else draw.normal_()).mul_(level)
+        noise, drawn = self.task.noise, torch.empty_like(self.inputs)
+        return (drawn.uniform_(-1, 1) if noise.kind == "uniform" else drawn.normal_()).mul_(noise.level)
 
 
-# --------------------------------------------------------------------------------------------------- scores, once each
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Puts the state of the CPU's and of the device's global generator back, and touches no other."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        state = torch.mps.get_rng_state() if device.type == "mps" else None
+        try:
+            yield
+        finally:
+            if state is not None:
+                torch.mps.set_rng_state(state)
+
+
+# ------------------------------------------------------------------------------------- regularized evolution (aging)
+def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[list], list[float]], rng: random.Random,
+                          population: int = 50, tournament: int = 10, cycles: int = 400, batch: int = 1,
+                          ) -> list[tuple[Any, float]]:
+    """Aging evolution (Real et al., AAAI 2019): all (candidate, loss) in the order in which they were evaluated.
+
+    `draw(rng)` gives a candidate, `mutate(candidate, rng)` a neighbour, `evaluate` a list's losses, lower is better.
+    The queue starts with `population` drawn candidates; then, `cycles` times, the best of `tournament` of its members,
+    drawn without replacement, is mutated, and the child takes the place of the oldest. `batch` children are made from
+    the same queue before they enter it.
+    """
+    queue: deque[tuple[Any, float]] = deque(maxlen=population)  # appending to a full one drops its oldest
+    history: list[tuple[Any, float]] = []
+
+    def append(candidates: list[Any]) -> None:
+        scored = list(zip(candidates, evaluate(candidates)))
+        queue.extend(scored)
+        history.extend(scored)
+
+    append([draw(rng) for _ in range(population)])
+    while (left := population + cycles - len(history)) > 0:
+        parents = [min(rng.sample(queue, tournament), key=lambda pair: pair[1]) for _ in range(min(batch, left))]
+        append([mutate(parent, rng) for parent, _ in parents])
+    return history
+
+
+TRIES = 300  # of a draw or a mutation, before limits count as out of reach
+
+
+def search(space: Any, evaluate: Callable[[list], list[float]], seed: int, limits: dict[str, int | None],
+           **evolution: int) -> list[tuple[Any, float]]:
+    """All (arch, loss) of a search of architectures (paper, 3.1), `evaluate` giving the losses of a list of them; among
+    those within `limits`, {"params": most, "flops": most} of the benchmark's own network. ValueError if TRIES draws are
+    not."""
+    def within_limits(draw: Callable) -> Callable:
+        def redraw(*words: Any) -> Any:
+            for _ in range(TRIES):
+                arch = draw(*words)
+                counts = {name: getattr(space, name)(arch) for name, most in limits.items() if most}
+                if all(counts[name] <= limits[name] for name in counts):
+                    return arch
+            raise ValueError(f"none of {TRIES} draws is within " + " and ".join(
+                f"--max-{name} {limits[name]:,} (the last has {counts[name]:,})" for name in counts))
+        return redraw
+
+    draw, mutate = within_limits(space.random), within_limits(space.mutate)
+    return regularized_evolution(draw, mutate, evaluate, random.Random(seed), **evolution)
+
+
+FINALISTS = 10  # tasks of a task search that are judged by other seeds
+
+
+JUDGES = 2  # other seeds
+
+
+def search_task(draw: Callable, merits: Callable[[list[AnyTask], int], list[float]], seed: int = 0, **evolution: int,
+                ) -> tuple[AnyTask, float, float, list[tuple[AnyTask, float]]]:
+    """Regularized evolution over tasks (paper, 3.4): the best task, its merit, its mean merit by other seeds, and all
+    (task, -merit). `draw(rng)` gives a task of the first population; `merits(tasks, seed)` for each the rho of -loss
+    with labels, when weights, noise and signals are drawn by that seed.
+
+    The paper takes |rho|, and the best of the search. But a task that ranks backwards would count as a good one while
+    an architecture search minimises its loss; and the best of many has had the luck of its seed. So the best FINALISTS
+    are judged by the seeds that follow.
+    """
+    history = regularized_evolution(draw, mutate_task, lambda tasks: [-merit for merit in merits(tasks, seed)],
+                                    random.Random(seed), **evolution)
+    finalists = sorted(history, key=lambda pair: pair[1])[:FINALISTS]
+    tasks = [task for task, _ in finalists]
+    judged = np.mean([merits(tasks, seed + judge) for judge in range(1, JUDGES + 1)], axis=0)
+    task, loss = finalists[judged.argmax()]
+    return task, -loss, float(judged.max()), history
+
+
+# ------------------------------------------------------------------------------------------------- rank correlation
+def ranks(values: Any) -> np.ndarray:
+    """Ranks from 1 up; equal values share the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def spearman(a: Any, b: Any) -> float:
+    """Spearman's rho; NaN where one side is all ties."""
+    a, b = ranks(a), ranks(b)
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else math.nan
+
+
+def kendall(a: Any, b: Any) -> float:
+    """Kendall's tau-b; NaN where one side is all ties."""
+    a, b = ranks(a), ranks(b)
+
+    def pairs(x: np.ndarray, y: np.ndarray) -> float:
+        """Those in the same order less those in reverse order."""
+        return sum(np.sign(x - u) @ np.sign(y - v) for u, v in zip(x, y))
+
+    untied = pairs(a, a) * pairs(b, b)
+    return float(pairs(a, b) / math.sqrt(untied)) if untied else math.nan
+
+
+LEAST = 10  # networks for an interval: the bootstrap of a few knows nothing of the others
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], n: int, resamples: int = 2000) -> tuple[float, float]:
+    """The 95% percentile interval of statistic(places), places 0 to n - 1 drawn with replacement; NaN for n < LEAST."""
+    if n < LEAST:
+        return math.nan, math.nan
+    drawn = [statistic(places) for places in np.random.default_rng(0).integers(n, size=(resamples, n))]
+    low, high = np.nanquantile(drawn, (0.025, 0.975)) if not np.isnan(drawn).all() else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def spearman_interval(a: Any, b: Any) -> tuple[float, float]:
+    """The 95% interval of Spearman's rho of a with b."""
+    a, b = np.asarray(a), np.asarray(b)
+    return bootstrap(lambda places: spearman(a[places], b[places]), len(a))
+
+
+def spearman_difference(a: Any, b: Any, values: Any) -> tuple[float, float, float]:
+    """Rho of a with the values less rho of b with them, and its 95% interval: scores a and b of the same networks,
+    drawn in pairs, so that what both owe to the networks at hand cancels."""
+    a, b, values = map(np.asarray, (a, b, values))
+
+    def difference(places: Any) -> float:
+        return spearman(a[places], values[places]) - spearman(b[places], values[places])
+
+    return difference(slice(None)), *bootstrap(difference, len(values))
+
+
+# ===================================================================================================================
+# What stands above is the method. What follows runs it: the authors' tasks, images and tasks from files, the record of
+# scores and the progress, the processes that share the work, pictures, the command line with its modes.
+# ===================================================================================================================
+
+
+# ------------------------------------------------------------------------ tasks: what is expected of them, files, names
+def is_number(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def are(kind: type | tuple[type, ...], value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
+
+
+def are_mixed(value: Any) -> bool:
+    return are(Signal, value) and len({signal.basis for signal in value}) == len(value)
+
+
+MAX_CHANNELS = 2 * 10 * MAPS_PER_WAVE  # sin1d has this many maps to draw from
+# field of a part of a task -> what is expected, in words and as a test
+EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "noise": ("an object with kind and level", lambda v: isinstance(v, Noise)),
+    "kind": ("uniform or gaussian", lambda v: v in ("uniform", "gaussian")),
+    "level": ("a number from 0 to 10", lambda v: is_number(v, 0, 10)),
+    "stages": ("a list of three objects", lambda v: are(Stage, v) and len(v) == 3),
+    "channels": (f"a whole number from 1 to {MAX_CHANNELS}", lambda v: type(v) is int and 1 <= v <= MAX_CHANNELS),
+    "signals": ("a list of signals, each basis at most once", are_mixed),
+    "basis": (f"one of {', '.join(BASES)}", lambda v: isinstance(v, str) and v in BASES),
+    "per_sample": ("true or false", lambda v: isinstance(v, bool)),
+    "frequencies": ("10 numbers above 0 and below 0.5", lambda v: are((int, float), v) and len(v) == 10
+                    and all(is_number(f, 0, 0.5) and f not in (0, 0.5) for f in v)),
+    "density": ("a number from 0 to 1", lambda v: is_number(v, 0, 1)),
+    "dimension": ("a whole number from 1 to 1024", lambda v: type(v) is int and 1 <= v <= 1024),
+    **dict.fromkeys(("input", "target"), ("a list of signals with per_sample true, each basis at most once",
+                                          lambda v: are_mixed(v) and all(signal.per_sample for signal in v))),
+}
+KINDS = {"noise": Noise, "stages": Stage, "signals": Signal, "input": Signal, "target": Signal}  # what a field holds
+
+
+def check_fields(part: Any) -> None:
+    """ValueError unless each field is as EXPECTED, and a signal has the fields that its basis needs and no others."""
+    for field in fields(part):
+        value, (words, is_right) = getattr(part, field.name), EXPECTED[field.name]
+        if field.default is None and field.name not in BASES[part.basis][1]:
+            words, is_right = f"no such field in a {part.basis}", lambda v: v is None
+        if not is_right(value):
+            raise ValueError(f"{field.name}: expected {words}, not {reprlib.repr(value)}")
+
+
+def part_from(data: Any, kind: type | None, where: str) -> Any:
+    """A part of a task, a number or a string from what JSON has for it; ValueError names the place of a mistake."""
+    if isinstance(data, list):
+        return tuple(part_from(item, kind, f"{where}[{number}]") for number, item in enumerate(data))
+    if kind is None:
+        return data
+    names = [field.name for field in fields(kind)]
+    needed = {field.name for field in fields(kind) if field.default is not None}
+    if not isinstance(data, dict) or not needed <= data.keys() <= set(names):
+        raise ValueError(f"{where}: expected an object with {', '.join(names)}, not {reprlib.repr(data)}")
+    values = {name: part_from(value, KINDS.get(name), f"{where}.{name}") for name, value in data.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from None
+
+
+def task_from_json(text: str) -> AnyTask:
+    """A Task or a RnnTask, as `to_json` writes it. ValueError names a field that is absent, unknown or out of range."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"task: not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"task: expected an object, not {reprlib.repr(data)}")
+    return part_from(data, RnnTask if "dimension" in data else Task, "task")
+
+
+def read_task(name: str) -> AnyTask:
+    """A task of TASKS by its name, or one from a JSON file."""
+    if name in TASKS:
+        return TASKS[name]
+    if not str(name).endswith(".json"):
+        raise ValueError(f"unknown task {name!r}; expected one of {', '.join(TASKS)} or a FILE.json")
+    try:
+        return task_from_json(Path(name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+# The authors' tasks. combo, nlp-combo and nlp-single are made by hand, the others are what their task search found on
+# the space of that name.
+MEDIUM = (.125, .15, .175, .2, .225, .25, .275, .3, .325, .35)
+HIGH = (.375, .3875, .4, .4125, .425, .4375, .45, .4625, .475, .4875)
+TASKS: dict[str, AnyTask] = {
+    "combo": Task(Noise("gaussian", 0.0), (
+        Stage(64, (
+            Signal("sin1d", 1.0, True, HIGH), Signal("sin2d", 1.0, True, HIGH),
+            Signal("dot", 1.0, True, density=1.0))),
+        Stage(64, (Signal("sin1d", 1.0, True, HIGH), Signal("sin2d", 1.0, True, MEDIUM), Signal("resize", 1.0))),
+        Stage(64, (Signal("sin1d", 1.0, True, HIGH), Signal("dot", 1.0, True, density=1.0), Signal("resize", 1.0))),
+    )),
+    "nb101": Task(Noise("uniform", 0.1), (
+        Stage(64, (
+            Signal("sin2d", 1.1, True, (.0143, .0169, .0149, .0204, .0229, .0172, .0156, .0192, .0155, .0146)),)),
+        Stage(48, (
+            Signal("sin1d", 1.8, True, (.2991, .306, .3038, .288, .2934, .2961, .3059, .2929, .3056, .2959)),
+            Signal("sin2d", 2.9, True, (.3798, .3818, .3583, .3276, .2649, .2808, .4205, .3414, .3036, .4203)),
+            Signal("gdot", 1.1, True, density=0.578125), Signal("resize", 2.4))),
+        Stage(16, (
+            Signal("sin1d", 1.5, False, (.1539, .1057, .1066, .1576, .1337, .1051, .1319, .1318, .1028, .1094)),
+            Signal("sin2d", 0.9, False, (.1979, .2031, .1034, .2048, .1357, .2091, .2454, .0864, .1352, .1453)),
+            Signal("gdot", 2.1, False, density=0.4375), Signal("resize", 2.2))),
+    )),
+    "darts": Task(Noise("gaussian", 0.2), (
+        Stage(80, (Signal("gdot", 1.6, True, density=0.5), Signal("resize", 1.3))),
+        Stage(32, (
+            Signal("dot", 2.2, True, density=0.71875), Signal("gdot", 1.0, False, density=0.609375),
+            Signal("resize", 2.1))),
+        Stage(80, (Signal("gdot", 1.7, True, density=0.5625), Signal("resize", 0.5))),
+    )),
+    "resnet": Task(Noise("gaussian", 0.9), (
+        Stage(16, (
+            Signal("sin1d", 1.1, False, (.3792, .3348, .3835, .2973, .3064, .3438, .2157, .3374, .3203, .2363)),
+            Signal("dot", 0.5, False, density=0.09375))),
+        Stage(16, (
+            Signal("sin2d", 1.2, True, (.1185, .2206, .0596, .2331, .2272, .2653, .1877, .1083, .1095, .0563)),
+            Signal("dot", 2.9, True, density=0.3125), Signal("resize", 2.3))),
+        Stage(32, (
+            Signal("sin2d", 1.8, True, (.3785, .3794, .3447, .2706, .2607, .3945, .2793, .3832, .3228, .3014)),
+            Signal("gdot", 2.1, False, density=0.5))),
+    )),
+    "nlp": RnnTask(Noise("uniform", 0.6), 48, (
+        Signal("sin2d", 2.6, True, (.1955, .2282, .1843, .2073, .2208, .1345, .1703, .223, .1903, .1915)),), (
+        Signal("sin2d", 0.8, True, (.1722, .1701, .1686, .1655, .1647, .1702, .1642, .1771, .1712, .1723)),
+        Signal("gdot", 0.7, True, density=0.8626))),
+    "nlp-combo": RnnTask(Noise("uniform", 0.0), 64, (
+        Signal("sin1d", 1.0, True, MEDIUM), Signal("sin2d", 1.0, True, MEDIUM)), (
+        Signal("sin1d", 1.0, True, MEDIUM), Signal("sin2d", 1.0, True, MEDIUM))),
+    "nlp-single": RnnTask(Noise("uniform", 0.0), 64, (
+        Signal("dot", 1.0, True, density=1.0),), (
+        Signal("dot", 1.0, True, density=1.0),)),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- image files
+CIFAR = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)  # channel means and standard deviations of 0..255 values
+IMAGENET16 = (122.68, 116.66, 104.01), (63.22, 61.26, 65.09)
+STATISTICS = {3 * 32 * 32: CIFAR, 3 * 16 * 16: IMAGENET16}  # by the length of a row of a pickled batch
+PIXELS = "uint8", "float16", "float32", "float64"
+BATCHES = "data_batch_1", "train", "train_data_batch_1"  # the first training file of CIFAR-10, CIFAR-100, ImageNet16
+MOST_BYTES = 2 ** 30  # that a file may unpack to, and that the images in use may fill
+MOST_TUPLES = 10_000  # of a pickle: far below a depth at which hashing a nest of them exhausts the stack
+IMAGE_FILES = ("a CIFAR-10/100 or ImageNet16 python batch, its folder, or a .npy or .npz array (N, H, W, 3) or "
+               "(N, 3, H, W), uint8 or float in [0, 1]")
+
+
+def load_images(source: str, seed: int, count: int = 16) -> tuple[Tensor, str]:
+    """The first `count` images of "synthetic" or of the path of IMAGE_FILES, normalised, (count, 3, 32, 32), and a line
+    that says which they are. ValueError for any other content."""
+    if source == "synthetic":
+        images = synthetic_images(torch.Generator().manual_seed(seed_of("images", seed)), count)
+        return normalise(images), "synthetic (1/f noise)"
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in BATCHES if (path / name).is_file()), None)
+        if path is None:
+            raise ValueError(f"images {source}: the folder has none of {', '.join(BATCHES)}")
+    try:
+        array, statistics = read_array(path) if path.suffix in (".npy", ".npz") else read_batch(path)
+        if len(array) < count or array[:count].nbytes > MOST_BYTES:
+            raise ValueError(f"{len(array)} images, {count} are needed, of a usual size")
+        images = torch.from_numpy(np.array(array[:count]))
+        name = f"{path.name} (first {count}, sha256 {digest_of(images.numpy().tobytes())})"
+        images = images.float() / (1 if images.is_floating_point() else 255)
+        if not 0 <= images.min() <= images.max() <= 1:  # false for NaN as well
+            raise ValueError("float values outside of [0, 1]")
+        return resized(normalise(images, statistics), 32), name
+    except OSError:
+        raise
+    except Exception as error:  # a broken file can raise anything
+        raise ValueError(f"images {path}: {type(error).__name__}: {error}; expected {IMAGE_FILES}") from None
+
+
+def read_array(path: Path) -> tuple[np.ndarray, None]:
+    """The images of a .npy or .npz file as (N, 3, H, W), to be normalised by the statistics of those that are used."""
+    images = np.load(path, mmap_mode="r", allow_pickle=False)  # a .npy is mapped, not read
+    if not isinstance(images, np.ndarray):
+        with images as content:
+            unpacked = sum(member.file_size for member in content.zip.infolist())
+            if unpacked > MOST_BYTES:
+                raise ValueError(f"it unpacks to {unpacked:,} bytes, at most {MOST_BYTES:,} are read")
+            images = max((content[name] for name in content.files), key=np.ndim)
+    if images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]) or images.dtype.name not in PIXELS:
+        raise ValueError(f"{images.dtype.name} array of shape {images.shape}")
+    return (images.transpose(0, 3, 1, 2) if images.shape[3] == 3 else images), None
+
+
+def read_batch(path: Path) -> tuple[np.ndarray, Any]:
+    """The images of a pickled batch as (N, 3, H, W), and the statistics of their data set."""
+    content = path.read_bytes()
+    if sum(op.name.startswith("TUPLE") for op, _, _ in pickletools.genops(content)) > MOST_TUPLES:
+        raise ValueError(f"the pickle has more than {MOST_TUPLES:,} tuples")
+    batch = InertUnpickler(BytesIO(content), encoding="bytes").load()
+    rows = (batch[b"data"] if b"data" in batch else batch["data"]).rows()
+    if rows.shape[1] not in STATISTICS:
+        raise ValueError(f"rows of {rows.shape[1]} pixels")
+    side = math.isqrt(rows.shape[1] // 3)
+    return rows.reshape(-1, 3, side, side), STATISTICS[rows.shape[1]]
+
+
+class Inert:
+    """Stands for an object of numpy in a pickle: keeps what it is made of and given as its state, and does nothing."""
+
+    def __init__(self, *made_of: Any):
+        self.made_of, self.state = made_of, ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def rows(self) -> np.ndarray:
+        """The array (N, D) that this stands for, if it is a plain one of uint8."""
+        if self.state:
+            _, shape, dtype, fortran, data = self.state
+        else:  # protocol 5
+            data, dtype, shape, order = self.made_of
+            fortran = order != "C"
+        is_plain = dtype.made_of[0] in ("u1", b"u1") and dtype.state[2:] == (None, None, None, -1, -1, 0)
+        if not is_plain or fortran or type(data) not in (bytes, bytearray):
+            raise ValueError("the images are no plain array of uint8")
+        if not are(int, shape) or len(shape) != 2 or min(shape) < 1 or math.prod(shape) != len(data):
+            raise ValueError(f"{len(data)} pixels in the shape {reprlib.repr(shape)}")
+        return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Makes bytes, strings, numbers, lists, dicts, and stand-ins for arrays; a pickle that names more is refused."""
+    ADMITTED = {
+        **dict.fromkeys(("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
+                         "numpy.core.multiarray.scalar", "numpy.core.numeric._frombuffer"), Inert),
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        asked = f"{module}.{name}".replace("numpy._core", "numpy.core")
+        if asked not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"the pickle asks for {asked}")
+        return self.ADMITTED[asked]
+
+
+# ------------------------------------------------------------------------------------------------ record and progress
+SCORES = 2  # raised when the same settings give other scores than before, so that no record mixes them
+
+
 class Score(NamedTuple):
     key: str
     arch: str
     loss: float | None  # None: diverged
     seconds: float
+    curve: list[float | None]  # the losses of the training steps
 
     @property
     def rank_by(self) -> float:
@@ -671,42 +883,43 @@ class Record:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path}: another run is writing to it; right is another --out file") from None
+            raise ValueError(f"{path}: another run is writing to it; expected another --out file") from None
         self.file.seek(0)
-        lines = self.file.read().splitlines(keepends=True)
-        header = {"settings": made_with}
-        if json.dumps(header).encode().startswith(b"".join(lines)):  # new, or torn in its first line
+        content, header = self.file.read(), {"settings": made_with}
+        if json.dumps(header).encode().startswith(content):  # new, or torn in its first line
             self.file.truncate(0)
             self.write(header)
-        else:
-            self.compare(lines[0], json.loads(json.dumps(made_with)))
-            self.read(lines)
+            return
+        first, *lines = content.splitlines(keepends=True)
+        self.compare(first, made_with)
+        for number, line in enumerate(lines, start=2):
+            if not line.endswith(b"\n"):
+                write_stderr(f"gennas: {path}: the torn last line is dropped\n")
+                self.file.truncate(len(content) - len(line))
+            else:
+                self.read(line, number)
 
     def compare(self, header: bytes, settings: dict[str, Any]) -> None:
         try:
             made_with = dict(json.loads(header)["settings"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path}: exists and holds no scores; right is another --out file") from None
+        except (KeyError, RecursionError, TypeError, ValueError):
+            raise ValueError(f"{self.path}: exists and holds no scores; expected another --out file") from None
         for name in {**settings, **made_with}:
-            if settings.get(name) != made_with.get(name):
-                raise ValueError(f"{self.path}: made with {name} {json.dumps(made_with.get(name))}, this run has "
-                                 f"{json.dumps(settings.get(name))}; right are the same settings or another --out file")
+            old, new = made_with.get(name), settings.get(name)
+            if old != new:
+                raise ValueError(f"{self.path}: made with {name} {reprlib.repr(old)}, this run has {reprlib.repr(new)};"
+                                 " expected the same settings or another --out file")
 
-    def read(self, lines: list[bytes]) -> None:
-        end = len(lines[0])
-        for number, line in enumerate(lines[1:], start=2):
-            try:
-                score = Score(**json.loads(line)) if line.endswith(b"\n") else None
-                self.known[str(score.key)] = score._replace(loss=score.loss and float(score.loss), seconds=float(score.seconds))
-            except (ValueError, TypeError, AttributeError):
-                score = None
-            if score:
-                end += len(line)
-            elif number < len(lines):
-                raise ValueError(f"{self.path}, line {number}: not a score; right is another --out file")
-            else:
-                print(f"gennas: {self.path}: the torn last line is dropped", file=sys.stderr)
-                self.file.truncate(end)
+    def read(self, line: bytes, number: int) -> None:
+        try:
+            score = Score(**json.loads(line))
+            losses = [loss for loss in (score.loss, *score.curve) if loss is not None]
+            right = are(str, score[:2]) and all(is_number(x, -1e300, 1e300) for x in [score.seconds, *losses])
+        except (RecursionError, TypeError, ValueError):
+            right = False
+        if not right:
+            raise ValueError(f"{self.path}, line {number}: not a score; expected another --out file")
+        self.known[score.key] = score
 
     def add(self, score: Score) -> None:
         if self.file:
@@ -714,440 +927,52 @@ class Record:
         self.known[score.key] = score
 
     def write(self, line: dict[str, Any]) -> None:
-        try:
+        with errors_naming(self.path):
             self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.path) from None
+
+
+@contextmanager
+def errors_naming(path: str) -> Iterator[None]:
+    """An error in writing tells the file, as one in opening does."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
 
 
 class Progress:
-    """Tells on stderr how far a run is: rewrites a line on a terminal, writes one every ten seconds elsewhere."""
+    """How far a run is, on stderr: a line that is rewritten on a terminal, one every ten seconds elsewhere."""
 
-    def __init__(self, total: int, quiet: bool = False):
-        self.total, self.quiet, self.done, self.replayed = total, quiet, 0, 0
-        self.start, self.told, self.open = time.monotonic(), -math.inf, False
+    def __init__(self, total: int = 0, quiet: bool = True):
+        self.total, self.quiet, self.done, self.trained = total, quiet, 0, 0
+        self.start, self.shown, self.open = time.monotonic(), -math.inf, False
         self.best: tuple[float, str] = (math.inf, "")
 
-    def note(self, loss: float, what: str) -> None:
-        """`what` is the best so far if its loss is the lowest."""
-        self.best = min(self.best, (loss, what), key=lambda pair: pair[0])
-
-    def update(self, trained: bool) -> None:
-        self.done += 1
-        if not trained and self.replayed == self.done - 1:  # the rate counts from the first network that had to be trained
-            self.replayed, self.start = self.done, time.monotonic()
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if self.quiet or not (terminal or self.done == self.total or now - self.told >= 10):
-            return
-        self.told = now
-        rate = (self.done - self.replayed) / max(now - self.start, 1e-9)
-        left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "replayed"
-        line = "  ".join([f"{self.done}/{self.total}", f"{rate:.2f}/s", left, *self.leader()])
-        line = line[:(os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 200) - 1]
-        self.open = terminal and self.done < self.total
-        print(f"\r\x1b[K{line}" if terminal else line, end="" if self.open else "\n", file=sys.stderr, flush=True)
+    def show_best(self, score: Score) -> None:
+        self.best = min(self.best, (score.rank_by, score.arch))
 
     def leader(self) -> list[str]:
-        """The best so far, if there is one."""
-        loss, what = self.best
-        return [f"best {show_loss(loss)} {what}"] if what else []
+        return [f"best {show_loss(self.best[0])} {self.best[1]}"] if self.best[1] else []
 
-
-class WorkersFailed(Exception):
-    """A process that shares the work of the run has ended before the run, or does other work."""
-
-
-class Workers:
-    """The processes that share the work of a run. Each runs the same program; this one is number `rank`.
-
-    They meet at a `torch.distributed` store: whoever is free takes the next item of a list, so that none waits for the
-    slowest, and all read all results. With one process the store is its own memory. Under torchrun the processes and the
-    store are torchrun's; `start` makes the same on one machine.
-    """
-
-    def __init__(self, store: Any = None, rank: int = 0):
-        self.store, self.rank, self.children, self.lists = store or distributed.HashStore(), rank, [], 0
-
-    @classmethod
-    def join(cls) -> Workers:
-        """Those that torchrun has started; else a single one."""
-        if not distributed.is_torchelastic_launched():
-            return cls()
-        store, rank, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
-        return cls(distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store), rank)  # torchrun's store outlives a restart
-
-    def start(self, count: int, argv: list[str]) -> None:
-        """Run this program with `argv` in count - 1 more processes, by the environment that torchrun would give them."""
-        if count == 1:
+    def advance(self, trained: bool) -> None:
+        """By one score, that of a network trained in this run or a known one."""
+        self.done, self.trained = self.done + 1, self.trained + trained
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if self.quiet or not (terminal or self.done == self.total or now - self.shown >= 10):
             return
-        server = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.store = distributed.PrefixStore("0", server)
-        for rank in range(1, count):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port,
-                           "TORCHELASTIC_RUN_ID": "gennas", "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
-            self.children.append(subprocess.Popen([sys.executable, __file__, *argv], stdin=subprocess.DEVNULL, start_new_session=True,
-                                                  env=os.environ | {name: str(value) for name, value in environment.items()}))
-
-    def stop(self) -> None:
-        for child in self.children:
-            child.kill()
-
-    def check_children(self) -> None:
-        for rank, child in enumerate(self.children, start=1):
-            if child.poll():  # None while it runs, 0 when it is through
-                raise WorkersFailed(f"worker {rank} of {len(self.children) + 1} died (exit status {child.returncode})")
-
-    def share(self, name: str, value: Any = None) -> Any:
-        """What rank 0 gives, on all ranks; anything that JSON has."""
-        if self.rank == 0:
-            self.store.set(name, json.dumps(value))
-        return json.loads(self.store.get(name))
-
-    def map(self, work: Callable[[Any], Any], items: list[Any], done: Callable[[Any], None]) -> None:
-        """`work` on every item, in whichever process is free; `done` with every result (what JSON has), in all processes,
-        in the order in which they come and while this process works on. All processes must give the same items in the
-        same order. What is a ValueError in one is one in all. WorkersFailed once its results are all in."""
-        self.lists += 1
-        taken, finished, stopped = f"{self.lists} taken", f"{self.lists} finished", threading.Event()
-
-        def outcome(item: Any) -> dict[str, Any]:
-            try:
-                return {"result": work(item)}
-            except ValueError as error:
-                return {"error": str(error)}
-
-        def collect() -> None:
-            over = False
-            for number in range(1, len(items) + 1):
-                while not self.store.check([f"{finished} {number}"]):
-                    if over:
-                        return
-                    over = stopped.wait(0.01)  # and look once more
-                told = json.loads(self.store.get(f"{finished} {number}"))
-                if "error" in told:
-                    raise ValueError(told["error"])
-                done(told["result"])
-
-        with ThreadPoolExecutor(1) as thread:
-            collecting = thread.submit(collect)
-            try:
-                while not collecting.done() and (number := self.store.add(taken, 1)) <= len(items):
-                    self.check_children()
-                    result = json.dumps(outcome(items[number - 1]))
-                    self.store.set(f"{finished} {self.store.add(finished, 1)}", result)
-                while not collecting.done():
-                    self.check_children()
-                    time.sleep(0.01)
-            finally:
-                stopped.set()
-        collecting.result()  # raises what `done` has raised
+        self.shown, self.open = now, terminal and self.done < self.total
+        rate = self.trained / max(now - self.start, 1e-9)
+        left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "known"
+        line = "  ".join([f"{self.done}/{self.total}", f"{rate:.2f}/s", left, *self.leader()])
+        line = line[:(os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 200) - 1]
+        write_stderr((f"\r\x1b[K{line}" if terminal else line) + "\n" * (not self.open))
 
 
-class Scorer:
-    """Losses of architectures of a space under tasks: scorer(tasks, archs) -> a list for each task, of a loss for each
-    architecture; infinite for a network that diverged. Each network is trained once on a task, by one of the workers:
-    equal keys are one network, and what the record knows is not trained again. The `tag` tells its scores in the record from
-    those of another scorer."""
-
-    def __init__(self, space: Any, regression_of: Callable[[Task | RnnTask], Regression], record: Record | None = None,
-                 progress: Progress | None = None, workers: Workers | None = None, tag: str = ""):
-        self.space, self.regression_of, self.tag = space, regression_of, tag
-        self.record, self.progress, self.workers = record or Record(), progress or Progress(0, quiet=True), workers or Workers()
-        self.scores: dict[str, Score] = {}  # those that were asked for, by key
-        self.drawn: tuple[Any, Any] = None, None  # the task trained last and its regression: its targets are not drawn again
-
-    def key(self, task: Task | RnnTask, arch: Any) -> str:
-        return f"{self.tag}{task.digest()} {self.space.key(arch)}"
-
-    def __call__(self, tasks: list[Task | RnnTask], archs: list[Any], tell: Callable[[Score], None] | None = None) -> list[list[float]]:
-        """`tell` is called with every score that enters `scores`; by default it notes the best."""
-        tell = tell or (lambda score: self.progress.note(score.rank_by, score.arch))
-        keys = [[self.key(task, arch) for arch in archs] for task in tasks]
-        counts, unknown = Counter(sum(keys, [])), {}
-
-        def enter(score: Score, trained: bool) -> None:
-            self.scores[score.key] = score
-            tell(score)
-            for _ in range(counts[score.key]):
-                self.progress.update(trained)
-
-        def train(item: tuple[str, tuple[Task | RnnTask, Any]]) -> Score:
-            key, (task, arch) = item
-            start = time.perf_counter()
-            if self.drawn[0] != task:
-                self.drawn = task, self.regression_of(task)
-            try:
-                loss = self.drawn[1](self.space, arch)[-1]
-            except ValueError as error:
-                raise ValueError(f"{self.space.format(arch)}: {error}") from error
-            return Score(key, self.space.format(arch), finite(loss), round(time.perf_counter() - start, 3))
-
-        def receive(result: list[Any]) -> None:
-            score = Score(*result)
-            self.record.add(score)
-            enter(score, trained=True)
-
-        for task, row in zip(tasks, keys):
-            for arch, key in zip(archs, row):
-                if key not in self.record.known:
-                    unknown.setdefault(key, (task, arch))
-        for key in counts:
-            if key not in unknown:
-                enter(self.record.known[key], trained=False)
-        if unknown:
-            self.workers.map(train, list(unknown.items()), receive)
-        if not counts.keys() <= self.scores.keys():
-            raise WorkersFailed("workers ask for different architectures; right is a space whose methods depend on their arguments alone")
-        return [[self.scores[key].rank_by for key in row] for row in keys]
-
-
-# ------------------------------------------------------------------------------------- regularized evolution (aging)
-def regularized_evolution(random: Callable, mutate: Callable, evaluate: Callable[[list], list[float]], rng: random.Random,
-                          population: int = 50, tournament: int = 10, cycles: int = 400, batch: int = 1) -> list[tuple[Any, float]]:
-    """Aging evolution (Real et al., AAAI 2019): all (candidate, loss) in the order in which they were evaluated.
-
-    `random(rng)` draws a candidate, `mutate(candidate, rng)` a neighbour, `evaluate` gives a list's losses, lower is
-    better. The queue starts with `population` random candidates; then, `cycles` times, the best of `tournament` of its
-    members, drawn without replacement, is mutated, and the child takes the place of the oldest. `batch` children are
-    made from the same queue before they enter it.
-    """
-    queue: deque[tuple[Any, float]] = deque(maxlen=population)  # appending to a full one drops its oldest
-    history: list[tuple[Any, float]] = []
-
-    def enter(candidates: list[Any]) -> None:
-        scored = list(zip(candidates, evaluate(candidates)))
-        queue.extend(scored)
-        history.extend(scored)
-
-    enter([random(rng) for _ in range(population)])
-    while (left := population + cycles - len(history)) > 0:
-        parents = [min(rng.sample(queue, tournament), key=lambda pair: pair[1]) for _ in range(min(batch, left))]
-        enter([mutate(parent, rng) for parent, _ in parents])
-    return history
-
-
-# ------------------------------------------------------------------------------------------------- rank correlation
-def ranks(values: Any) -> np.ndarray:
-    """Ranks from 1 up; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
-
-
-def spearman(a: Any, b: Any) -> float:
-    """Spearman's rho; NaN where one side is all ties."""
-    a, b = ranks(a), ranks(b)
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale else math.nan
-
-
-def kendall(a: Any, b: Any) -> float:
-    """Kendall's tau-b; NaN where one side is all ties."""
-    a, b = ranks(a), ranks(b)
-    concordant = sum(np.sign(x - a) @ np.sign(y - b) for x, y in zip(a, b))
-    untied_a, untied_b = (len(r) ** 2 - sum(np.unique(r, return_counts=True)[1] ** 2) for r in (a, b))
-    return float(concordant / math.sqrt(untied_a * untied_b)) if untied_a * untied_b else math.nan
-
-
-def spearman_interval(a: Any, b: Any, resamples: int = 2000) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of Spearman's rho."""
-    a, b = np.asarray(a), np.asarray(b)
-    draws = np.random.default_rng(0).integers(len(a), size=(resamples, len(a)))
-    rhos = [spearman(a[draw], b[draw]) for draw in draws]
-    low, high = np.nanquantile(rhos, (0.025, 0.975)) if not np.isnan(rhos).all() else (math.nan, math.nan)
-    return float(low), float(high)
-
-
-# --------------------------------------------------------------------------------------------------------- pictures
-def new_figure(rows: int, columns: int, **options: Any) -> tuple[Any, np.ndarray]:
-    from matplotlib.figure import Figure  # the only use of a third package: when a plot is asked for
-    figure = Figure(layout="constrained", **options)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def check_plot(path: str) -> None:
-    """ValueError, before anything is computed, if no plot can be written to `path`."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("--plot needs matplotlib; right is: pip install matplotlib") from None
-    if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():
-        raise ValueError(f"--plot {path}: right is a .png, .pdf or .svg file in a folder that exists")
-
-
-def plot_signals(parts: list[Part], images: Tensor | None, seed: int, path: str, count: int = 4) -> None:
-    """Each signal of each part, and their sum: `count` maps of the first image, then of the second; maps of as many
-    sequences where a part has only one map for each."""
-    rows = []
-    for part in parts:
-        name = f"{part.name} {part.number + 1}"
-        rows += [(f"{name}\n{signal['level']} {signal['basis']}", part.maps(j, images, seed).expand(part.shape))
-                 for j, signal in enumerate(part.signals)]
-        rows.append((f"{name}\nsum", part.total(images, seed)))
-    figure, axes = new_figure(len(rows), 2 * count, figsize=(2 + 1.6 * count, len(rows)))
-    for (label, maps), line in zip(rows, axes):
-        for column, ax in enumerate(line):
-            sample, channel = divmod(column, min(count, maps.shape[1]))
-            ax.imshow(maps[sample, channel].numpy(), cmap="RdBu_r", aspect="auto", vmin=-maps.abs().max(), vmax=maps.abs().max())
-            ax.set(xticks=[], yticks=[])
-            if ax in axes[0]:
-                ax.set_title(f"sample {sample + 1}\nchannel {channel + 1}", fontsize=8)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    figure.savefig(path, dpi=100)
-
-
-def plot_correlation(losses: list[float], values: list[float], title: str, path: str) -> None:
-    """As they are, and by rank, which is what Spearman's rho compares."""
-    figure, ((plain, ranked),) = new_figure(1, 2, figsize=(9, 4))
-    plain.scatter(losses, values, s=12)
-    plain.set(xlabel="regression loss", ylabel="recorded value")
-    ranked.scatter(ranks(losses), ranks(values), s=12)
-    ranked.set(xlabel="rank by regression loss (1: lowest)", ylabel="rank by recorded value (1: lowest)")
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=100)
-
-
-def plot_curves(curves: list[list[float]], names: list[str], title: str, path: str) -> None:
-    """The losses of networks over the steps of their training."""
-    figure, ((ax,),) = new_figure(1, 1, figsize=(7, 4))
-    for curve, name in zip(curves, names):
-        ax.plot(range(1, len(curve) + 1), curve, label=name[:90] + "..." * (len(name) > 90))
-    ax.set(xlabel="training step", ylabel="squared error, weighted over the stages", title=title)
-    figure.legend(loc="outside lower center", fontsize=7)
-    figure.savefig(path, dpi=100)
-
-
-def plot_search(losses: list[float], name: str, title: str, path: str) -> None:
-    figure, ((ax,),) = new_figure(1, 1, figsize=(5, 4))
-    ax.plot(losses, ".", markersize=4, label="candidate")
-    ax.plot(np.minimum.accumulate(losses), label="best so far")
-    ax.set(xlabel="candidates evaluated", ylabel=name, title=title)
-    ax.legend()
-    figure.savefig(path, dpi=100)
-
-
-# ----------------------------------------------------------------------------------------------------- command line
-TRIES = 300
-
-
-def within_limits(draw: Callable[..., Any], space: Any, args: argparse.Namespace) -> Callable[..., Any]:
-    """`draw`, repeated until what it gives is within --max-params and --max-flops; ValueError after TRIES."""
-    limits = [(count, most) for count, most in (("params", args.max_params), ("flops", args.max_flops)) if most]
-
-    def redraw(*words: Any) -> Any:
-        for _ in range(TRIES):
-            arch = draw(*words)
-            if all(getattr(space, count)(arch) <= most for count, most in limits):
-                return arch
-        raise ValueError(f"none of {TRIES} draws is within " + " and ".join(f"--max-{count} {most:,}" for count, most in limits)
-                         + f"; the last has {getattr(space, limits[0][0])(arch):,} {limits[0][0]}")
-    return redraw
-
-
-def search(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
-    space = scorer.space
-    draws = [within_limits(draw, space, args) for draw in (space.random, space.mutate)]
-    history = regularized_evolution(*draws, lambda archs: scorer([task], archs)[0], random.Random(args.seed),
-                                    args.population, args.tournament, args.cycles, args.batch)
-    arch, loss = min(history, key=lambda pair: pair[1])
-    result = {"arch": space.format(arch), "loss": finite(loss), "params": space.params(arch),
-              "evaluated": len(history), "unique": len(scorer.scores)}
-    print(f"{result['arch']}\nloss {show_loss(loss)}, {result['params']:,} parameters; the best of {len(history)} evaluated "
-          f"architectures, {len(scorer.scores)} different networks")
-    if args.plot:
-        plot_search([loss for _, loss in history], "regression loss", f"{args.space}, {len(history)} architectures", args.plot)
-    return result
-
-
-FINALISTS, JUDGES = 10, 2  # tasks, and seeds that choose among them
-
-
-def search_task(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
-    """Regularized evolution over tasks of the kind of `task`; with --task, the first population is this task and mutants of
-    it. A task's loss is -rho on the first --limit labels; of the best few the answer is the best by other seeds of
-    weights, noise and signals. Rho on the other labels tells whether the task that was found is good for more than these.
-
-    The paper (3.4) takes |rho|, and the best of the search. A task that ranks backwards would then count as a good one, while
-    an architecture search minimises its loss; and the best of many has had the luck of its seed.
-    """
-    searched, held_out = labels[:args.limit], labels[args.limit or len(labels):]
-    start = [task] if args.task else []
-    judges = [Scorer(scorer.space, partial(scorer.regression_of, seed=seed), scorer.record, scorer.progress, scorer.workers, f"seed {seed} ")
-              for seed in range(args.seed + 1, args.seed + 1 + JUDGES)]
-
-    def draw(rng: random.Random) -> Task | RnnTask:
-        if start:
-            return start.pop()
-        return mutate_task(task, rng) if args.task else random_task(rng, type(task))
-
-    def rhos(scorer: Scorer, tasks: list[Task | RnnTask], labels: list) -> list[float]:
-        """Of each task; where rho is undefined it counts as 0."""
-        archs, values = zip(*labels)
-        rows = scorer(tasks, archs, tell=lambda score: None)
-        return [finite(spearman([-loss for loss in row], values)) or 0.0 for row in rows]
-
-    def evaluate(tasks: list[Task | RnnTask]) -> list[float]:
-        losses = [-rho for rho in rhos(scorer, tasks, searched)]
-        for candidate, loss in zip(tasks, losses):
-            scorer.progress.note(loss, candidate.to_json())
-        return losses
-
-    history = regularized_evolution(draw, mutate_task, evaluate, random.Random(args.seed), args.population, args.tournament,
-                                    args.cycles, args.batch)
-    finalists = sorted(history, key=lambda pair: pair[1])[:FINALISTS]
-    judged = np.mean([rhos(judge, [candidate for candidate, _ in finalists], searched) for judge in judges], axis=0)
-    best, loss = finalists[judged.argmax()]
-    found = {"n": len(searched), "spearman": -loss, "spearman_other_seeds": judged.max()}
-    said = f"spearman {found['spearman']:.3f} on the {len(searched)} labels of the search, {judged.max():.3f} by other seeds"
-    if held_out:
-        found |= {"n_held_out": len(held_out), "spearman_held_out": rhos(scorer, [best], held_out)[0]}
-        said += f", {found['spearman_held_out']:.3f} on {len(held_out)} others"
-    print(best.to_json())
-    if not args.quiet:
-        print(f"gennas: {said}; the best of {len(history)} evaluated tasks", file=sys.stderr)
-    if args.plot:
-        plot_search([loss for _, loss in history], "- spearman", f"{args.space}, {len(history)} tasks", args.plot)
-    return {"task": asdict(best), **found, "evaluated": len(history)}
-
-
-def score(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
-    space, results = scorer.space, []
-    waiting = deque((arch, scorer.key(task, arch)) for arch, _ in labels)
-
-    def tell(score: Score) -> None:
-        """Print what is known, in the order in which it was asked for."""
-        scorer.progress.note(score.rank_by, score.arch)
-        while waiting and waiting[0][1] in scorer.scores:
-            arch, key = waiting.popleft()
-            known = scorer.scores[key]
-            results.append({"arch": space.format(arch), "loss": known.loss, "params": space.params(arch), "seconds": known.seconds})
-            print(f"{show_loss(known.rank_by):>9} {results[-1]['params']:>12,} {known.seconds:>8.2f}  {results[-1]['arch']}", flush=True)
-
-    print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
-    scorer([task], [arch for arch, _ in labels], tell)
-    if args.plot:  # the record keeps what a network ends with; how it came there is trained again
-        if not args.quiet:
-            print("gennas: trains them once more for the plot", file=sys.stderr)
-        curves = [scorer.regression_of(task)(space, arch)[:-1] for arch, _ in labels]
-        plot_curves(curves, [result["arch"] for result in results], f"{args.space}, task {args.task}", args.plot)
-    return {"results": results}
-
-
-def correlate(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
-    archs, values = zip(*labels)
-    losses, = scorer([task], archs)
-    merits = [-loss for loss in losses]
-    rho, tau, (low, high) = spearman(merits, values), kendall(merits, values), spearman_interval(merits, values)
-    by_params = spearman([scorer.space.params(arch) for arch in archs], values)
-    seconds = float(np.mean([scorer.scores[scorer.key(task, arch)].seconds for arch in archs]))
-    summary = f"spearman {rho:.3f} [{low:.3f}, {high:.3f}], kendall {tau:.3f}, {len(labels)} architectures"
-    print(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}; diverged: {losses.count(math.inf)}; "
-          f"{seconds:.2f} s a network")
-    if args.plot:
-        plot_correlation(losses, values, summary, args.plot)
-    return {"n": len(labels), "spearman": finite(rho), "spearman_ci": [finite(low), finite(high)], "kendall": finite(tau),
-            "spearman_params": finite(by_params), "seconds_per_arch": seconds}
+def write_stderr(text: str) -> None:
+    with suppress(OSError):  # a full disk under stderr ends no run
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def finite(value: float) -> float | None:
@@ -1159,253 +984,574 @@ def show_loss(loss: float) -> str:
     return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
-def show(args: argparse.Namespace, scorer: Scorer, task: Task | RnnTask, labels: list) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------ networks trained, once each
+Item = tuple[dict, str, int, str]  # for a worker: what its trainer must be made with, a task, a seed, an architecture
+Result = tuple[int, list[float], float]  # an item's place in its list, the losses of its Regression, seconds
+
+
+def find_device(name: str | None, rank: int = 0) -> torch.device:
+    """The named device, by default a GPU if there is one; of `cuda` the GPU that falls to worker `rank`. Set up for
+    speed and for equal results in equal runs."""
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, index = (name or ("cuda" if counts["cuda"] else "cpu")).partition(":")
+    if not (index or "0").isdecimal() or int(index or 0) >= counts.get(kind, 0):
+        raise ValueError(f"--device {name}: not available here; expected cpu, cuda, cuda:N or mps")
+    torch.set_num_threads(1)  # small maps gain nothing from more, and sums would depend on their number
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.deterministic = True
+    return torch.device(kind, int(index or rank % counts[kind]))
+
+
+class Trainer:
+    """Trains networks of a space by a preset: what each process of a run has. `space` and what follows are the words of
+    the command line. ValueError or OSError if one of them is wrong."""
+
+    def __init__(self, space: str, preset: str = "fast", steps: int | None = None, images: str = "synthetic",
+                 seed: int = 0, device: str | None = None, rank: int = 0):
+        family = space.split("-")[0] if space in search_spaces.SPACES else None
+        changes, sizes = EXCEPTIONS[preset].get(family, ({}, {}))
+        self.settings = replace(PRESETS[preset], **changes | ({"steps": steps} if steps else {}))
+        self.space = search_spaces.get(space, **sizes)
+        self.seed, self.device = seed, find_device(device, rank)
+        self.task_name = getattr(self.space, "task", "nb101")
+        self.images, self.images_name = None, "none"
+        if isinstance(read_task(self.task_name), Task):
+            self.images, self.images_name = load_images(images, seed, self.settings.batch)
+        elif images != "synthetic":
+            raise ValueError(f"--images {images}: {space} has none, its input is a signal of the task")
+        own = "" if space in search_spaces.SPACES else digest_of(Path(space.rpartition(":")[0]).read_bytes())
+        made_with = {"scores": SCORES, "space": space, "file": own, "preset": preset, "seed": seed,
+                     "images": self.images_name, "device": self.device.type, **asdict(self.settings)}
+        self.made_with = json.loads(json.dumps(made_with))  # as what has been sent or recorded is
+
+    @lru_cache(maxsize=1)  # the targets of the task trained last are not drawn again
+    def regression(self, task: str, seed: int) -> Regression:
+        return Regression(task_from_json(task), self.images, self.settings, seed, self.device)
+
+    def __call__(self, item: Item) -> tuple[list[float], float]:
+        """Losses and seconds. ValueError, with the architecture, whatever goes wrong: a space may be anybody's code."""
+        made_with, task, seed, arch = item
+        start = time.perf_counter()
+        try:
+            if made_with != self.made_with:
+                raise ValueError("a worker has other images, another FILE.py or another kind of device than the first")
+            losses = self.regression(task, seed)(self.space, self.space.parse(arch))
+        except Exception as error:
+            name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{arch}: {name}{error}") from error
+        return losses, round(time.perf_counter() - start, 3)
+
+    def map(self, items: list[Item]) -> Iterator[Result]:
+        """One worker, this process: the results as they are made. ValueError for wrong input."""
+        return ((place, *self(item)) for place, item in enumerate(items))
+
+
+trainer_of = lru_cache(maxsize=1)(Trainer)  # of this process
+
+
+def attempt(words: tuple, item: Item) -> tuple[Any, str | None]:
+    """What the trainer gives, or what is wrong, which can be sent to another process."""
+    try:
+        return trainer_of(*words)(item), None
+    except (OSError, ValueError) as error:
+        return None, str(error)
+
+
+def serve(pipe: connection.Connection, words: tuple) -> None:
+    """What a worker process does: train what comes through the pipe, until that or its parent is gone."""
+    os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
+    end_with_parent()
+    with suppress(EOFError, OSError):
+        while True:
+            pipe.send(attempt(words, pipe.recv()))
+
+
+class Processes:
+    """Workers on this machine: spawned, each at the end of a pipe; whoever is free gets the next item."""
+
+    def __init__(self, count: int, words: tuple):
+        context, self.workers = get_context("spawn"), {}
+        handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # they inherit it: Ctrl-C is for this process
+        for rank in range(count):
+            pipe, theirs = context.Pipe()
+            self.workers[pipe] = context.Process(target=serve, args=(theirs, (*words, rank)), daemon=True)
+            self.workers[pipe].start()
+            theirs.close()
+        os_signal.signal(os_signal.SIGINT, handler)
+
+    def map(self, items: list[Item]) -> Iterator[Result]:
+        waiting, idle, busy = deque(enumerate(items)), deque(self.workers), {}
+        while waiting or busy:
+            while waiting and idle:
+                pipe = idle.popleft()
+                busy[pipe], item = waiting.popleft()
+                with suppress(OSError):  # of a dead worker, which `recv` meets
+                    pipe.send(item)
+            for pipe in connection.wait(busy):
+                try:
+                    result, error = pipe.recv()
+                except (EOFError, OSError):
+                    self.workers[pipe].join(1)
+                    raise ChildProcessError(f"a worker died (exit status {self.workers[pipe].exitcode})") from None
+                if error:
+                    raise ValueError(error)
+                idle.append(pipe)
+                yield busy.pop(pipe), *result
+
+
+class Torchrun:
+    """The processes that torchrun has started, on one machine or several, at its store: each takes the next item of the
+    list that process 0 puts there. Process 0 decides and trains too, the others `serve`."""
+
+    def __init__(self, words: tuple):
+        store, self.rank, _ = next(distributed.rendezvous("env://", timeout=timedelta(days=100)))
+        self.store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # it outlives a restart
+        self.words, self.lists = (*words, int(os.environ["LOCAL_RANK"])), 0
+
+    def map(self, items: list[Item] | None) -> Iterator[Result]:
+        """No items end the others."""
+        self.lists += 1
+        self.store.set(f"list {self.lists}", json.dumps(items))
+        for number in range(1, len(items or ()) + 1):
+            done = f"{self.lists} done {number}"
+            while not self.store.check([done]):
+                if not self.train_next(self.lists, items):
+                    time.sleep(0.01)
+            place, result, error = json.loads(self.store.get(done))
+            if error:
+                raise ValueError(error)
+            yield place, *result
+
+    def train_next(self, number: int, items: list[Item]) -> bool:
+        """Train the next item of a list and put its result there; False if none is left."""
+        place = self.store.add(f"{number} taken", 1) - 1
+        if place < len(items):
+            outcome = json.dumps([place, *attempt(self.words, items[place])])
+            self.store.set(f"{number} done {self.store.add(f'{number} done', 1)}", outcome)
+        return place < len(items)
+
+    def serve(self) -> None:
+        for number in itertools.count(1):
+            items = json.loads(self.store.get(f"list {number}"))  # waits for it
+            if items is None:
+                return
+            while self.train_next(number, items):
+                pass
+
+
+class Scorer:
+    """Losses of architectures of a space under tasks: scorer(tasks, archs) -> a list for each task, of a loss for each
+    architecture; infinite for a network that diverged. Each network is trained once on a task, by one of the workers:
+    equal keys are one network, and what the record knows is not trained again. `workers` has a `map` from items to
+    results, as a Trainer has."""
+
+    def __init__(self, trainer: Trainer, workers: Any = None, record: Record | None = None,
+                 progress: Progress | None = None):
+        self.space, self.made_with, self.workers = trainer.space, trainer.made_with, workers or trainer
+        self.record, self.progress = record or Record(), progress or Progress()
+        self.scores: dict[str, Score] = {}  # those that were asked for, by key
+
+    def keys(self, task: AnyTask, archs: list[Any], seed: int = 0) -> list[str]:
+        """What names the scores of architectures under a task, by a seed, in the record."""
+        digest = task.digest()
+        return [f"{digest}/{seed} {self.space.key(arch)}" for arch in archs]
+
+    def __call__(self, tasks: list[AnyTask], archs: list[Any], seed: int = 0,
+                 receive: Callable[[Score], None] | None = None) -> list[list[float]]:
+        """`receive` is called with every score that enters `scores`; by default the progress shows the best."""
+        keys = [self.keys(task, archs, seed) for task in tasks]
+        counts = Counter(itertools.chain.from_iterable(keys))
+        unknown = {key: (task, arch) for task, row in zip(tasks, keys) for key, arch in zip(row, archs)
+                   if key not in self.record.known}
+
+        def enter(score: Score, trained: bool) -> None:
+            self.scores[score.key] = score
+            (receive or self.progress.show_best)(score)
+            for _ in range(counts[score.key]):
+                self.progress.advance(trained)
+
+        for key in counts:
+            if key not in unknown:
+                enter(self.record.known[key], trained=False)
+        names = list(unknown)
+        items = [(self.made_with, task.to_json(), seed, self.space.format(arch)) for task, arch in unknown.values()]
+        for place, (*curve, loss), seconds in self.workers.map(items):
+            score = Score(names[place], items[place][-1], finite(loss), seconds, [finite(x) for x in curve])
+            self.record.add(score)
+            enter(score, trained=True)
+        return [[self.scores[key].rank_by for key in row] for row in keys]
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+def check_plot(path: str) -> None:
+    """ValueError or OSError, before anything is computed, if no plot can be written to `path`."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("--plot needs matplotlib; expected: pip install matplotlib") from None
+    if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():
+        raise ValueError(f"--plot {path}: expected a .png, .pdf or .svg file in a folder that exists")
+    absent = not Path(path).exists()
+    open(path, "ab").close()
+    if absent:
+        Path(path).unlink()
+
+
+@contextmanager
+def new_plot(path: str, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[np.ndarray]:
+    """The axes of a figure, (rows, columns), which is saved at the end."""
+    from matplotlib.figure import Figure  # the only use of a third package: when a plot is asked for
+    figure = Figure(layout="constrained", **options)
+    yield figure.subplots(rows, columns, squeeze=False)
+    with errors_naming(path):
+        figure.savefig(path, dpi=100)
+
+
+def plot_signals(parts: Parts, images: Tensor | None, seed: int, path: str, count: int = 4) -> None:
+    """Each signal of each part, and their sum: `count` maps of the first image, then of the second; maps of as many
+    sequences where a part has only one map for each."""
+    rows = []
+    for name, (signals, shape) in parts.items():
+        maps = [signal.maps(shape, images, name, seed).expand(shape) for signal in signals]
+        rows += [(f"{name}\n{signal.level} {signal.basis}", drawn) for signal, drawn in zip(signals, maps)]
+        weighted = (signal.level * drawn for signal, drawn in zip(signals, maps))
+        rows.append((f"{name}\nsum", sum(weighted, torch.zeros(shape))))
+    with new_plot(path, len(rows), 2 * count, figsize=(2 + 1.6 * count, len(rows))) as axes:
+        for (label, maps), line in zip(rows, axes):
+            most = maps.abs().max()
+            for column, ax in enumerate(line):
+                sample, channel = divmod(column, min(count, maps.shape[1]))
+                ax.imshow(maps[sample, channel].numpy(), cmap="RdBu_r", aspect="auto", vmin=-most, vmax=most)
+                ax.set(xticks=[], yticks=[])
+                if ax in axes[0]:
+                    ax.set_title(f"sample {sample + 1}\nchannel {channel + 1}", fontsize=8)
+            line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+
+
+def plot_lines(path: str, title: str, *panels: tuple[str, str, dict[str, tuple[Any, Any, str]]]) -> None:
+    """Panels side by side, each (x label, y label, {name: (x, y, style)}); names are shown where there are several."""
+    with new_plot(path, 1, len(panels), figsize=(1 + 5 * len(panels), 4)) as (axes,):
+        for ax, (x_label, y_label, lines) in zip(axes, panels):
+            for name, (x, y, style) in lines.items():
+                ax.plot(x, y, style, markersize=4, label=name)
+            ax.set(xlabel=x_label, ylabel=y_label)
+            if len(lines) > 1:
+                ax.legend(fontsize=7)
+        axes[0].set_title(title, fontsize=9, loc="left")
+
+
+# ------------------------------------------------------------------------------------------------------------- modes
+# Each prints its result and returns what --json tells. Its input read, it asks for a scorer for so many scores.
+Start = Callable[[int], Scorer]
+
+
+def run_search(start: Start, task: AnyTask, seed: int, limits: dict[str, int | None], evolution: dict[str, int],
+               plot: str | None) -> dict[str, Any]:
+    scorer = start(evolution["population"] + evolution["cycles"])
+    history = search(scorer.space, lambda archs: scorer([task], archs)[0], seed, limits, **evolution)
+    arch, loss = min(history, key=lambda pair: pair[1])
+    text, params = scorer.space.format(arch), scorer.space.params(arch)
+    print(f"{text}\nloss {show_loss(loss)}, {params:,} parameters; the best of {len(history)} evaluated architectures, "
+          f"{len(scorer.scores)} different networks")
+    if plot:
+        plot_search(history, "regression loss", plot)
+    return {"arch": text, "loss": finite(loss), "params": params, "evaluated": len(history),
+            "unique": len(scorer.scores)}
+
+
+def plot_search(history: list[tuple[Any, float]], name: str, path: str) -> None:
+    losses, numbers = [loss for _, loss in history], range(1, len(history) + 1)
+    plot_lines(path, "", ("candidates evaluated", name, {
+        "candidate": (numbers, losses, "."), "best so far": (numbers, np.minimum.accumulate(losses), "-")}))
+
+
+def run_score(start: Start, task: AnyTask, archs: list[Any], plot: str | None) -> dict[str, Any]:
+    scorer = start(len(archs))
+    keys, results = scorer.keys(task, archs), []
+
+    def print_known(score: Score) -> None:
+        """In the order in which they were asked for."""
+        scorer.progress.show_best(score)
+        while len(results) < len(keys) and keys[len(results)] in scorer.scores:
+            arch, known = archs[len(results)], scorer.scores[keys[len(results)]]
+            params, text = scorer.space.params(arch), scorer.space.format(arch)
+            results.append({"arch": text, "loss": known.loss, "params": params, "seconds": known.seconds})
+            print(f"{show_loss(known.rank_by):>9} {params:>12,} {known.seconds:>8.2f}  {text}", flush=True)
+
+    print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
+    scorer([task], archs, receive=print_known)
+    if plot:
+        plot_lines(plot, "", ("training step", "squared error, weighted over the stages", {
+            shortened(score.arch, 70): (range(1, len(score.curve) + 1), score.curve, "-")
+            for score in map(scorer.scores.get, keys)}))
+    return {"results": results}
+
+
+def run_correlate(start: Start, task: AnyTask, labels: list[tuple[Any, float]], plot: str | None) -> dict[str, Any]:
+    scorer = start(len(labels))
+    archs, values = zip(*labels)
+    losses, = scorer([task], archs)
+    merits = [-loss for loss in losses]
+    rho, tau, (low, high) = spearman(merits, values), kendall(merits, values), spearman_interval(merits, values)
+    by_params = spearman([scorer.space.params(arch) for arch in archs], values)
+    seconds = float(np.mean([scorer.scores[key].seconds for key in scorer.keys(task, archs)]))
+    interval = f"[{low:.3f}, {high:.3f}]" if len(labels) >= LEAST else f"(no interval below {LEAST} architectures)"
+    summary = f"spearman {rho:.3f} {interval}, kendall {tau:.3f}, {len(labels)} architectures"
+    print(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}; diverged: {losses.count(math.inf)}; "
+          f"{seconds:.2f} s a network")
+    if plot:  # as they are, and by rank, which is what Spearman's rho compares
+        plot_lines(plot, summary, ("regression loss", "recorded value", {"": (losses, values, ".")}),
+                   ("rank by regression loss (1: lowest)", "rank by recorded value (1: lowest)",
+                    {"": (ranks(losses), ranks(values), ".")}))
+    return {"n": len(labels), "spearman": finite(rho), "spearman_ci": [finite(low), finite(high)],
+            "kendall": finite(tau), "spearman_params": finite(by_params), "seconds_per_arch": seconds}
+
+
+def run_search_task(start: Start, kind: type[AnyTask], first: AnyTask | None, labels: list[tuple[Any, float]],
+                    limit: int | None, seed: int, evolution: dict[str, int], plot: str | None) -> dict[str, Any]:
+    """On the first `limit` labels; rho on the others, if they are three or more, tells whether what was found is good
+    for more than these. With a `first` task, the first population is this and mutants of it."""
+    limit = len(labels[:limit])
+    held_out = len(labels) - limit if len(labels) - limit >= 3 else 0
+    candidates = evolution["population"] + evolution["cycles"]
+    scorer = start((candidates + JUDGES * min(FINALISTS, candidates)) * limit + held_out)
+    draws = iter([first])
+
+    def draw(rng: random.Random) -> AnyTask:
+        return next(draws, None) or mutate_task(first, rng) if first else random_task(rng, kind)
+
+    def merits(tasks: list[AnyTask], by_seed: int, chosen: slice = slice(limit)) -> list[float]:
+        """Of each task its rho; where that is undefined it counts as 0."""
+        archs, values = zip(*labels[chosen])
+        rows = scorer(tasks, archs, by_seed, receive=lambda score: None)
+        rhos = [finite(spearman([-loss for loss in row], values)) or 0.0 for row in rows]
+        if by_seed == seed:
+            led = zip([-rho for rho in rhos], [task.to_json() for task in tasks])
+            scorer.progress.best = min(scorer.progress.best, *led)
+        return rhos
+
+    task, merit, judged, history = search_task(draw, merits, seed, **evolution)
+    result = {"task": json.loads(task.to_json()), "n": limit, "spearman": merit, "spearman_other_seeds": judged}
+    summary = f"spearman {merit:.3f} on the {limit} labels of the search, {judged:.3f} by other seeds"
+    if held_out:
+        result |= {"n_held_out": held_out, "spearman_held_out": merits([task], seed, slice(limit, None))[0]}
+        summary += f", {result['spearman_held_out']:.3f} on {held_out} others"
     print(task.to_json())
-    if args.plot:
-        regression = scorer.regression_of(task)
-        settings = regression.settings
-        plot_signals(task.parts(settings.batch, settings.size), regression.inputs.cpu(), args.seed, args.plot)
-    return {"plot": args.plot}
+    if not scorer.progress.quiet:
+        write_stderr(f"gennas: {summary}; the best of {len(history)} evaluated tasks\n")
+    if plot:
+        plot_search(history, "- spearman", plot)
+    return result | {"evaluated": len(history)}
 
 
-MODES = {"search": search, "search-task": search_task, "score": score, "correlate": correlate, "show": show}
+def run_show(trainer: Trainer, task: AnyTask, plot: str | None) -> dict[str, Any]:
+    print(task.to_json())
+    if plot:
+        settings, inputs = trainer.settings, trainer.regression(task.to_json(), trainer.seed).inputs
+        plot_signals(task.parts(settings.batch, settings.size), inputs.cpu(), trainer.seed, plot)
+    return {"plot": plot}
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+MODES = "search", "search-task", "score", "correlate", "show"
 # option -> the modes that it belongs to, where it does not belong to all
 BELONGS = {"arch": ("score",), "labels": ("correlate", "search-task"), "limit": ("correlate", "search-task"),
-           "max_params": ("search",), "max_flops": ("search",),
-           "out": ("search", "search-task", "score", "correlate"),
+           "max_params": ("search",), "max_flops": ("search",), "out": MODES[:4],
            **dict.fromkeys(("population", "tournament", "cycles", "batch"), ("search", "search-task"))}
+
+
+def shortened(text: str, most: int = 400) -> str:
+    """One line of at most `most` characters; where something is left out, it is the middle."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= most else f"{line[:most // 2]} ... {line[5 - most // 2:]}"
+
+
+def fail(status: int, message: str) -> Any:
+    write_stderr(f"gennas: {shortened(message)}\n")
+    sys.exit(status)
 
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        self.exit(2, f"gennas: error: {message}\n")
+        fail(2, f"error: {message}")
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[OneLineParser, argparse.Namespace]:
-    def whole(low: int) -> Callable[[str], int]:
-        def convert(text: str) -> int:
-            if not text.isdecimal() or int(text) < low:
-                raise argparse.ArgumentTypeError(f"right is a whole number from {low} up, not {text!r}")
-            return int(text)
-        return convert
+def whole(low: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or len(text) > 18 or int(text) < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} up, not {reprlib.repr(text)}")
+        return int(text)
+    return convert
 
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Score and search neural architectures by regression of synthetic signals.")
-    option = parser.add_argument
-    option("arch", nargs="*", metavar="ARCH", help="with --mode score: architectures in their benchmark's spelling; - reads stdin")
-    option("--space", required=True, metavar="NAME", help=f"search space: {', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
+    option, number = parser.add_argument, {"type": whole(1), "metavar": "N"}
+    option("arch", nargs="*", metavar="ARCH", help="to score, in their benchmark's spelling; - reads stdin, one a line")
+    option("--space", required=True, metavar="NAME", help=f"{', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
     option("--mode", choices=MODES, default="search", help="search is the default; show draws the task's signals")
     option("--task", metavar="NAME|FILE.json", help=f"{', '.join(TASKS)}, or a file; default: the one of the space")
     option("--preset", choices=PRESETS, default="fast", help="how a network is trained (default fast)")
-    option("--steps", type=whole(1), metavar="N", help="training steps, instead of the preset's")
-    option("--images", default="synthetic", metavar="synthetic|PATH", help="CIFAR-10/100 or ImageNet16-120 python batches, .npz, .npy")
-    option("--seed", type=whole(0), default=0, metavar="N", help="of images, targets, weights, noise and search (default 0)")
+    option("--steps", **number, help="training steps, instead of the preset's")
+    option("--images", default="synthetic", metavar="synthetic|PATH", help=IMAGE_FILES)
+    option("--seed", type=whole(0), default=0, metavar="N", help="of images, signals, weights, noise, search (0)")
     option("--device", metavar="cpu|cuda[:N]|mps", help="default: cuda where there is one, else cpu")
-    option("--population", type=whole(1), metavar="N", help="members of the queue (default 50)")
-    option("--tournament", type=whole(1), metavar="N", help="members drawn, of which the best is mutated (default 10)")
-    option("--cycles", type=whole(0), metavar="N", help="children after the first population (default 400)")
-    option("--batch", type=whole(1), metavar="N", help="children made from the same queue (default 8, with --preset paper 1)")
-    option("--max-params", type=whole(1), metavar="N", help="search among networks of at most N parameters")
-    option("--max-flops", type=whole(1), metavar="N", help="and at most N floating-point operations an image (a multiply-add is two)")
-    option("--labels", metavar="FILE|DIR", help="with --mode correlate or search-task: a JSON list of [architecture, value], higher = better, "
-           "an NDS file, or a folder of NAS-Bench-NLP logs")
-    option("--limit", type=whole(1), metavar="N", help="only the first N labels; search-task tests the task that it found on the others")
-    option("--workers", type=whole(1), metavar="N", help="processes that train networks; default: one for each GPU, or for each CPU core")
+    option("--population", **number, default=50, help="members of the queue (default 50)")
+    option("--tournament", **number, help="members drawn, of which the best is mutated (default 10)")
+    option("--cycles", type=whole(0), default=400, metavar="N", help="children after the first queue (default 400)")
+    option("--batch", **number, help="children made from the same queue (default 8, with --preset paper 1)")
+    option("--max-params", **number, help="search among networks of at most N parameters")
+    option("--max-flops", **number, help="and of at most N operations an image; a multiply-add is two")
+    option("--labels", metavar="FILE|DIR", help="with --mode correlate or search-task: a JSON list of [architecture, "
+           "value], higher = better, an NDS file, or a folder of NAS-Bench-NLP logs")
+    option("--limit", **number, help="only the first N labels; search-task tests what it finds on the others")
+    option("--workers", **number, help="processes that train; default: one for each GPU, or for each CPU core")
     option("--out", metavar="FILE.jsonl", help="record of every score; the same command resumes from it")
     option("--plot", metavar="FILE.png", help="draw the result (needs matplotlib)")
     option("--json", action="store_true", help="the last line of stdout is one JSON object")
     option("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_intermixed_args(argv)
-
     for name, modes in BELONGS.items():
-        if getattr(args, name) not in (None, []) and args.mode not in modes:
+        if getattr(args, name) not in (parser.get_default(name), []) and args.mode not in modes:
             spelled = "ARCH" if name == "arch" else f"--{name.replace('_', '-')}"
             parser.error(f"{spelled} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
-    if args.mode == "score" and not args.arch:
-        parser.error("--mode score needs ARCH [ARCH ...]")
-    args.population = args.population or 50
-    args.cycles = 400 if args.cycles is None else args.cycles
-    for name, default in (("tournament", 10), ("batch", 1 if args.preset == "paper" else 8)):
-        value = getattr(args, name) or min(default, args.population)
-        if value > args.population:
-            parser.error(f"--{name} {value}: right is at most the population, {args.population}")
-        setattr(args, name, value)
-    return parser, args
+    return args
 
 
-def exceptions(name: str, preset: str) -> tuple[dict[str, int], dict[str, int]]:
-    """What is other than in the preset for the space of a `--space` name: settings, and sizes of its networks."""
-    return EXCEPTIONS[preset].get(name.split("-")[0], ({}, {})) if name in search_spaces.SPACES else ({}, {})
-
-
-def own_file(name: str) -> str | None:
-    """What names the content of FILE.py in a record, for a `--space` FILE.py:CLASS."""
-    return None if name in search_spaces.SPACES else hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()[:12]
-
-
-def load_space(name: str, preset: str = "fast", steps: int | None = None) -> tuple[Any, Settings]:
-    """The space of a `--space` name with networks of the preset's sizes, and how they are trained. ValueError as of
-    `search_spaces.get`."""
-    changes, sizes = exceptions(name, preset)
-    return search_spaces.get(name, **sizes), replace(PRESETS[preset], **changes | ({"steps": steps} if steps else {}))
-
-
-def read_task(name: str) -> Task | RnnTask:
-    """A task of the table by its name, or one from a JSON file."""
-    name = str(name)
-    if name in TASKS:
-        return TASKS[name]
-    if not name.endswith(".json"):
-        raise ValueError(f"unknown task {name!r}; right is one of {', '.join(TASKS)} or a FILE.json")
+def load_labels(args: argparse.Namespace, space: Any) -> list[tuple[Any, float]]:
+    """All labels of the file, or those of the space itself; ValueError unless --limit leaves three or more."""
+    labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
+    if labels is None:
+        raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
     try:
-        return JsonTask.from_json(Path(name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        labels = [(arch, float(value)) for arch, value in labels]
+    except (TypeError, ValueError):
+        raise ValueError(f"labels of {args.space}: expected [(arch, number)]") from None
+    if len(labels[:args.limit]) < 3:
+        raise ValueError(f"--mode {args.mode}: expected at least 3 architectures, not {len(labels[:args.limit])}")
+    return labels
 
 
-def load_task(args: argparse.Namespace, default: str) -> Task | RnnTask:
-    """The task that was asked for, by default that of the space; ValueError if it is not of that one's kind."""
-    task = read_task(args.task or default)
-    if type(task) is not type(read_task(default)):
-        raise ValueError(f"task {args.task} is not for {args.space}; right is one like {default}")
-    if isinstance(task, RnnTask) and args.images != "synthetic":
-        raise ValueError(f"--images {args.images}: {args.space} has none, its input is a signal of the task")
-    return task
-
-
-def default_workers(device: torch.device) -> int:
-    """How many workers keep a machine busy: one for each GPU, or for each core that this process may use."""
-    if device.type == "cpu":
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return torch.cuda.device_count() if device == torch.device("cuda") else 1
-
-
-def find_device(name: str | None) -> torch.device:
-    """The named device, by default a GPU if there is one; set up for speed and for equal results in equal runs."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0][:80]}); right is cpu, cuda, cuda:N or mps") from None
-    if device == torch.device("cuda"):
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    torch.set_num_threads(1)  # small maps gain nothing from more, and sums would depend on their number
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.deterministic = True
-    return device
-
-
-def load_archs(args: argparse.Namespace, space: Any) -> list[tuple[Any, Any]]:
-    """What the mode is to score, as (arch, value); no value with --mode score, nothing in the other modes."""
-    if args.mode in BELONGS["labels"]:
-        labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
-        if labels is None:
-            raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
-        try:
-            labels = [(arch, float(value)) for arch, value in labels]
-        except (TypeError, ValueError):
-            raise ValueError(f"labels of {args.space}: right is [(arch, number)]") from None
-        chosen = labels[:args.limit]
-        if len(chosen) < 3:
-            raise ValueError(f"--mode {args.mode}: right are at least 3 architectures, not {len(chosen)}")
-        return labels if args.mode == "search-task" and len(labels) - len(chosen) >= 3 else chosen
-    texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
-    archs = [(space.parse(text), None) for text in texts if text.strip()]
-    if args.mode == "score" and not archs:
-        raise ValueError("--mode score: no architecture; right are some on the command line, or - and one a line on stdin")
-    return archs
-
-
-def prepare(args: argparse.Namespace, workers: Workers, argv: list[str]) -> tuple[Scorer, Task | RnnTask, list[tuple[Any, Any]]]:
-    """The scorer, and the task and the architectures that the mode is given. ValueError or OSError for wrong input.
-
-    Rank 0 alone reads architectures and known scores, starts the other workers where --workers asks for them, and tells
-    them what it has read.
-    """
-    told = workers.share("input") if workers.rank else None
+def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, started: list[Scorer]) -> None:
+    """The mode, from its input to its result. Its scorer enters `started` before the first network is trained."""
+    clock = time.perf_counter()
     if args.plot:
         check_plot(args.plot)
-    space, settings = load_space(args.space, args.preset, args.steps)
-    if args.max_flops and not getattr(space, "flops", None):
-        raise ValueError(f"--max-flops: {args.space} does not count operations; right is --max-params")
-    default = getattr(space, "task", "nb101")
-    task = load_task(args, default)
-    if args.mode != "search-task":  # which starts from none unless it is told to
-        args.task = args.task or default
-    labels = [(space.parse(arch), value) for arch, value in told["labels"]] if told else load_archs(args, space)
-    device = find_device(args.device)
-    images, args.images = (None, "none") if isinstance(task, RnnTask) else load_images(args.images, args.seed, settings.batch)
-    made_with = {"space": args.space, "file": own_file(args.space), "sizes": exceptions(args.space, args.preset)[1],
-                 "task": None if args.mode == "search-task" else asdict(task), "images": args.images, **asdict(settings),
-                 "seed": args.seed, "device": device.type}
-    if not told:
-        record = Record(args.out, made_with)
-        evaluated, chosen = args.population + args.cycles, len(labels[:args.limit])
-        judged = JUDGES * min(FINALISTS, evaluated)
-        total = {"search": evaluated, "search-task": (evaluated + judged) * chosen + len(labels) - chosen}.get(args.mode, len(labels))
-        progress = Progress(total, args.quiet or args.mode == "show")
+    if torchrun and args.workers:
+        raise ValueError("--workers is for one machine without torchrun; expected torchrun --nproc-per-node N")
+    options = {"population": args.population, "cycles": args.cycles}
+    for name, default in (("tournament", 10), ("batch", 1 if args.preset == "paper" else 8)):
+        options[name] = getattr(args, name) or min(default, args.population)
+        if options[name] > args.population:
+            raise ValueError(f"--{name} {options[name]}: expected at most the population, {args.population}")
+    trainer = trainer_of(*(torchrun.words if torchrun else words))
+    name = args.task or trainer.task_name
+    task = read_task(name)
+    if (trainer.images is None) != isinstance(task, RnnTask):
+        raise ValueError(f"task {name} is not for {args.space}; expected one like {trainer.task_name}")
+
+    def start(total: int) -> Scorer:
+        """For so many scores, once the input is known to be right."""
+        asked = None if args.mode == "search-task" else json.loads(task.to_json())
+        record = Record(args.out, trainer.made_with | {"task": asked})
         if not args.quiet:
-            start = f"task {args.task}, " if args.task else ""
-            print(f"gennas: {args.mode} {args.space}, {start}{settings.steps} steps, images {args.images}, on {device}", file=sys.stderr)
-        workers.start(min(args.workers or default_workers(device), total) if args.mode != "show" else 1, argv)
-        workers.share("input", {"made with": json.dumps(made_with), "labels": [(space.format(arch), value) for arch, value in labels],
-                                "known": list(record.known.values())})
-    elif told["made with"] == json.dumps(made_with):
-        record, progress = Record(), Progress(0, quiet=True)
-        record.known = {score.key: score for score in (Score(*line) for line in told["known"])}
-    else:
-        raise ValueError(f"worker {workers.rank} has another task, other images, another FILE.py or another kind of device than worker 0; right are the same")
-    regression = partial(Regression, images=images, settings=settings, seed=args.seed, device=device)
-    return Scorer(space, regression, record, progress, workers), task, labels
+            about = f"task {name}, " if asked or args.task else ""
+            write_stderr(f"gennas: {args.mode} {args.space}, {about}{trainer.settings.steps} steps, images "
+                         f"{trainer.images_name}, on {trainer.device.type}\n")
+        if trainer.device.type == "cpu":  # a worker keeps a core or a GPU busy
+            busy = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        else:
+            busy = torch.cuda.device_count() if args.device in (None, "cuda") else 1
+        count = min(args.workers or busy, total)
+        workers = torchrun or (Processes(count, words) if count > 1 else trainer)
+        started.append(Scorer(trainer, workers, record, Progress(total, args.quiet)))
+        return started[0]
 
-
-def run(parser: OneLineParser, args: argparse.Namespace, workers: Workers, argv: list[str]) -> None:
-    """One mode, from its input to its result; whatever is wrong becomes a line and an exit status."""
-    start, scorer = time.perf_counter(), None
-
-    def end(status: int, message: str) -> None:
-        """Say what is wrong and what is known so far; below the progress line, if that is still open."""
-        if scorer and scorer.record.known:
-            message += f"; {len(scorer.record.known)} networks are scored" + bool(args.out) * f" and kept in {args.out}"
-            message = "; ".join([message, *scorer.progress.leader()])
-        parser.exit(status, "\n" * bool(scorer and scorer.progress.open) + f"gennas: {message}\n")
-
-    try:
-        scorer, task, labels = prepare(args, workers, argv)
-        result = MODES[args.mode](args, scorer, task, labels)
-        if args.json:
-            print(json.dumps({"mode": args.mode, "space": args.space, "task": args.task, **result, "preset": args.preset, "images": args.images,
-                              "seconds": round(time.perf_counter() - start, 3)}))
-        sys.stdout.flush()
-    except (KeyboardInterrupt, ValueError) as error:
-        if workers.rank and scorer:  # all ranks have come to it; rank 0 says it
-            parser.exit()
-        end(*(130, "interrupted") if isinstance(error, KeyboardInterrupt) else (2, f"error: {error}"))
-    except WorkersFailed as error:
-        end(1, f"error: {error}")
-    except OSError as error:
-        end(1 if scorer else 2, f"error: {error.filename or 'stdout'}: {error.strerror or error}")
+    match args.mode:
+        case "search":
+            limits = {"params": args.max_params, "flops": args.max_flops}
+            if args.max_flops and not getattr(trainer.space, "flops", None):
+                raise ValueError(f"--max-flops: {args.space} does not count operations; expected --max-params")
+            result = run_search(start, task, args.seed, limits, options, args.plot)
+        case "search-task":
+            labels, first = load_labels(args, trainer.space), task if args.task else None
+            result = run_search_task(start, type(task), first, labels, args.limit, args.seed, options, args.plot)
+        case "correlate":
+            result = run_correlate(start, task, load_labels(args, trainer.space)[:args.limit], args.plot)
+        case "score":
+            texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
+            archs = [trainer.space.parse(text) for text in texts if text.strip()]
+            if not archs:
+                raise ValueError("--mode score needs ARCH [ARCH ...]; expected some, or - and one a line on stdin")
+            result = run_score(start, task, archs, args.plot)
+        case "show":
+            result = run_show(trainer, task, args.plot)
+    if args.json:
+        about = {"mode": args.mode, "space": args.space, "task": name, "preset": args.preset}
+        print(json.dumps(about | result | {"seconds": round(time.perf_counter() - clock, 3)}))
+    sys.stdout.flush()
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line. Whatever is wrong becomes one line on stderr and an exit status."""
+    while (closed := os.open(os.devnull, os.O_RDWR)) < 3:  # a standard stream: no file opened later may take its place
+        pass
+    os.close(closed)
+    sys.stdin, sys.stdout, sys.stderr = (stream or open(os.devnull, "r+")
+                                         for stream in (sys.stdin, sys.stdout, sys.stderr))
     if search_spaces is None:
-        sys.exit("gennas: error: the command line needs search_spaces.py; right is both files in one folder")
-    parser, args = parse_arguments(argv)
-    workers = Workers.join()
-    if workers.rank:
-        sys.stdout, args.plot, args.quiet = open(os.devnull, "w"), None, True
-    elif distributed.is_torchelastic_launched():
-        if args.workers:
-            parser.error("--workers is for one machine without torchrun; right is torchrun --nproc-per-node N")
-        args.workers = 1  # this one; torchrun has started the others
+        fail(1, "error: the command line needs search_spaces.py; expected both files in one folder")
+    args = parse_arguments(argv)
+    words = args.space, args.preset, args.steps, args.images, args.seed, args.device
+    torchrun, started = None, []
+
+    def end(status: int, message: str) -> None:
+        """With what is known so far, below the progress line, if that is still open."""
+        for scorer in started:
+            kept = f" and kept in {args.out}" if args.out else ""
+            known = len(scorer.record.known)
+            message += f"; {known} networks are scored{kept}" if known else ""
+            message = "; ".join([message, *scorer.progress.leader()])
+            write_stderr("\n" * scorer.progress.open)
+        fail(status, message)
+
     try:
-        run(parser, args, workers, sys.argv[1:] if argv is None else argv)
-    except distributed.DistError:
-        parser.exit(1, f"gennas: error: worker {workers.rank} has lost the others and ends\n")
-    finally:
-        workers.stop()
+        if distributed.is_available() and distributed.is_torchelastic_launched():
+            torchrun = Torchrun(words)
+            if torchrun.rank:
+                return torchrun.serve()
+        run(args, torchrun, words, started)
+        if torchrun:
+            list(torchrun.map(None))
+    except KeyboardInterrupt:
+        end(130, "interrupted")
+    except ValueError as error:
+        end(2, f"error: {error}")
+    except (ChildProcessError, distributed.DistError) as error:
+        end(1, f"error: {error}")
+    except OSError as error:
+        if not error.filename:  # stdout: what it still holds would fail once more when Python ends
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end(1 if started else 2, f"error: {error.filename or 'stdout'}: {error.strerror or error}")
+    except Exception as error:
+        if args.space in search_spaces.SPACES:
+            raise
+        end(2, f"error: {args.space}: {type(error).__name__}: {error}")  # its methods can raise anything
+
+
+ENDINGS = [getattr(os_signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(os_signal, name)]
+
+
+def interrupt(*_: Any) -> None:
+    """A signal that ends a run ends it in order, with what it has; one more ends it at once."""
+    for number in ENDINGS:
+        os_signal.signal(number, end_at_once)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    if os.environ.get("RANK", "0") == "0":  # as Ctrl-C: the workers end with the run
-        process_signal.signal(process_signal.SIGTERM, process_signal.default_int_handler)
+    for number in ENDINGS:
+        if os_signal.getsignal(number) != os_signal.SIG_IGN:  # as nohup sets it
+            os_signal.signal(number, interrupt)
     main()

@@ -1,4 +1,4 @@
-"""Search spaces of GenNAS: what an architecture is, how to sample, mutate, name and build it, what its benchmark recorded.
+"""Search spaces of GenNAS: what an architecture is, how to sample, mutate, name and build it, what its benchmark holds.
 
 A search space is a class with
 
@@ -10,21 +10,16 @@ A search space is a class with
     parse(text), format(arch)       the spelling that the benchmark's own tools read and write
     params(arch) -> int             the parameter count of the benchmark's own network, dead operations included
 
-An arch is a plain immutable value, `rng` a `random.Random`. The file needs torch only and can be copied alone.
+An arch is a plain immutable value, `rng` a `random.Random`. The file needs torch only and can be copied alone. It has
+computation graphs, which keys and cells are made of; operations; what all spaces share; the spaces; names and labels.
 
-    space                 an arch                                   a mutation changes           width when regressing (benchmark's)
-    nb101                 matrix and ops of a cell's vertices       edges and ops, one or more   16 (128)
-    nb201                 the ops on a cell's 6 edges               one op                       16 (16)
-    nbmacro               the kinds of 8 layers                     one layer                    32 (32)
-    darts enas pnas       (op, input) pairs of a normal and a       one op, one input, width     the arch's own
-      nasnet amoeba         reduction cell, width, depth              or depth
-    resnet resnext-a -b   blocks, width, bottleneck, groups of      one value of one stage       the arch's own
-                            every stage
-    nbnlp                 op and inputs of a recurrent cell's       one op or one input          400-600-600-400
-                            nodes
-
-Read from the top: computation graphs, which keys and cells are made of; the operations of all spaces in one table; the
-networks' common parts; then space after space, and at the end their names and the labels' files.
+    space                           an arch                                     a mutation changes     width (benchmark)
+    nb101                           matrix and ops of a cell's vertices         edges and ops          16 (128)
+    nb201                           ops on a cell's 6 edges                     one op                 16 (16)
+    nbmacro                         kinds of 8 layers                           one layer              32 (32)
+    darts enas pnas nasnet amoeba   (op, input) pairs of 2 cells, width, depth  one of these           the arch's own
+    resnet resnext-a resnext-b      blocks, width, bottleneck, groups a stage   one of one stage       the arch's own
+    nbnlp                           op and inputs of a recurrent cell's nodes   one op or one input    400-600-600-400
 """
 from __future__ import annotations
 
@@ -35,9 +30,9 @@ import math
 import random
 import re
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from graphlib import TopologicalSorter
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, pairwise, product, repeat
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 
@@ -55,6 +50,7 @@ class Vertex(NamedTuple):
 
 
 Graph = tuple[Vertex, ...]  # topological order; the inputs, called "input ...", come first, the output last
+MOST_ORDERS = 2000  # that `canonical` compares; graphs drawn from the spaces need a handful
 
 
 def live(graph: Iterable[Vertex]) -> Graph:
@@ -71,13 +67,13 @@ def live(graph: Iterable[Vertex]) -> Graph:
 def canonical(graph: Graph) -> Graph:
     """The same representative for all graphs that are `graph` up to the order of vertices and of summands.
 
-    Individualisation and refinement: a vertex's colour is its rank by (depth, operation), then by the colours of what
-    it reads and of what reads it, until that splits nothing more. Where colours still tie, each of the tied vertices is
-    set before the others in turn and the smallest graph wins; of twins, which read and are read alike, one will do.
-    Vertices stand in the order of their colours, depth first, so the result is a topological order too.
+    Individualisation and refinement (McKay and Piperno, 2014): a vertex's colour is its rank by depth and operation,
+    then by the colours of what it reads and of what reads it, until that splits nothing more. Where colours still tie,
+    each of the tied vertices is set before the others in turn. Without ties they order the vertices, topologically; the
+    smallest graph in such an order wins. Two orders of the same graph are a symmetry of it, and of an orbit, vertices
+    that symmetries carry into each other, one is enough to try. ValueError where MOST_ORDERS are not enough.
     """
-    everything = range(len(graph))
-    readers: list[list[int]] = [[] for _ in everything]
+    readers: list[list[int]] = [[] for _ in graph]
     depths: list[int] = []
     for i, vertex in enumerate(graph):
         depths.append(0 if vertex.op.startswith("input") else 1 + max((depths[j] for j in vertex.inputs), default=0))
@@ -85,28 +81,47 @@ def canonical(graph: Graph) -> Graph:
             readers[j].append(i)
     depths[-1] = len(graph)  # the output stands last even when nothing reaches it
 
-    def colours_of(colours: Any, vertices: Iterable[int]) -> tuple[int, ...]:
+    def colours_of(colours: list[int], vertices: Iterable[int]) -> tuple[int, ...]:
         return tuple(sorted(colours[i] for i in vertices))
 
     def refine(colours: list[Any]) -> list[int]:
-        classes = 0
         while True:
-            rank = {colour: r for r, colour in enumerate(sorted(set(colours)))}
-            ranks = [rank[colour] for colour in colours]
-            if len(rank) == classes:
+            place = {colour: rank for rank, colour in enumerate(sorted(set(colours)))}
+            ranks = [place[colour] for colour in colours]
+            colours = [(rank, colours_of(ranks, vertex.inputs), colours_of(ranks, reading))
+                       for rank, vertex, reading in zip(ranks, graph, readers)]
+            if len(set(colours)) == len(place):
                 return ranks
-            classes = len(rank)
-            colours = [(ranks[i], colours_of(ranks, graph[i].inputs), colours_of(ranks, readers[i])) for i in everything]
 
-    def smallest(colours: list[int]) -> Graph:
-        tied = next((colour for colour in everything if colours.count(colour) > 1), None)
-        if tied is None:
-            order = sorted(everything, key=colours.__getitem__)
-            return tuple(Vertex(graph[i].op, colours_of(colours, graph[i].inputs)) for i in order)
-        twins = {(colours_of(everything, graph[i].inputs), tuple(readers[i])): i for i in everything if colours[i] == tied}
-        return min(smallest(refine([2 * c - (i == first) for i, c in enumerate(colours)])) for first in twins.values())
+    def opens_its_orbit(i: int, fixed: tuple[int, ...]) -> bool:
+        """Whether no known symmetries that leave `fixed` where they are carry vertex i to a smaller one."""
+        moves = [symmetry for symmetry in symmetries if all(symmetry[j] == j for j in fixed)]
+        orbit = [i]
+        for j in orbit:  # grows on the way
+            orbit += {move[j] for move in moves}.difference(orbit)
+        return i == min(orbit)
 
-    return smallest(refine([(depth, vertex.op) for depth, vertex in zip(depths, graph)]))
+    orders: dict[Graph, list[int]] = {}  # the first order of the vertices that was found for a graph
+    symmetries: list[dict[int, int]] = []
+    todo: list[tuple[list[Any], tuple[int, ...]]] = [([(depth, op) for depth, (op, _) in zip(depths, graph)], ())]
+    while todo:  # depth first: colours, and the vertices that were set before others
+        colours, chosen = todo.pop()
+        if not all(opens_its_orbit(i, chosen[:n]) for n, i in enumerate(chosen)):
+            continue
+        colours = refine(colours)
+        order = sorted(range(len(graph)), key=colours.__getitem__)
+        tied = next((colours[i] for i, j in pairwise(order) if colours[i] == colours[j]), None)
+        if tied is not None:
+            todo += [([2 * c - (i == first) for i, c in enumerate(colours)], (*chosen, first))
+                     for first in reversed(range(len(graph))) if colours[first] == tied]
+        else:
+            result = tuple(Vertex(graph[i].op, colours_of(colours, graph[i].inputs)) for i in order)
+            known = orders.setdefault(result, order)
+            if known is not order:
+                symmetries.append(dict(zip(known, order)))
+            if len(orders) + len(symmetries) > MOST_ORDERS:
+                raise ValueError(f"a graph of {len(graph)} vertices is too regular for a canonical form to be found")
+    return min(orders)
 
 
 def spell(graph: Graph) -> str:
@@ -115,10 +130,8 @@ def spell(graph: Graph) -> str:
 
 
 def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor], zero: Tensor | None = None) -> list[Tensor]:
-    """The maps of all vertices that `ops` has a module for, in order, after `maps`, those of the inputs.
-
-    A sum that several vertices read is computed once; a vertex that reads nothing works on `zero`.
-    """
+    """`maps`, those of the inputs, and after them those of all vertices that `ops` has a module for. A sum that several
+    vertices read is computed once; a vertex that reads nothing works on `zero`."""
     sums: dict[tuple[int, ...], Tensor | None] = {(): zero}
     for (_, inputs), op in zip(graph[len(maps):], ops):
         if inputs not in sums:
@@ -128,6 +141,9 @@ def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor], zero: 
 
 
 # ------------------------------------------------------------------------------------------------------- operations
+Op = Callable[[int, int], nn.Module]  # constructor(channels, stride)
+
+
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A convolution without bias that keeps the map's size but for the stride."""
     return nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel - 1) // 2, dilation, groups, bias=False)
@@ -141,8 +157,9 @@ def conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: in
     return conv_bn(c_in, c_out, kernel, stride, groups).append(nn.ReLU())
 
 
-def relu_conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, bn: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
-    return nn.Sequential(nn.ReLU(), conv(c_in, c_out, kernel, stride), bn(c_out))
+def relu_bn(*convs: nn.Conv2d, **norm: bool) -> nn.Sequential:
+    """Convolutions between a ReLU and a batch norm; `norm`: options of the latter."""
+    return nn.Sequential(nn.ReLU(), *convs, nn.BatchNorm2d(convs[-1].out_channels, **norm))
 
 
 class Sum(nn.Sequential):
@@ -165,21 +182,12 @@ class FactorizedReduction(nn.Module):
         return self.bn(torch.cat([self.halves[0](x), self.halves[1](x[:, :, 1:, 1:])], 1))
 
 
-# The operations of cells: each function gives a constructor(channels, stride).
-Op = Callable[[int, int], nn.Module]
-
-
-def max_pool(kernel: int) -> Op:
-    return lambda c, stride: nn.MaxPool2d(kernel, stride, kernel // 2)
-
-
-def relu_conv(kernel: int, bn: Callable[[int], nn.Module] = nn.BatchNorm2d) -> Op:
-    return lambda c, stride: relu_conv_bn(c, c, kernel, stride, bn)
+def relu_conv(kernel: int, **norm: bool) -> Op:
+    return lambda c, stride: relu_bn(conv(c, c, kernel, stride), **norm)
 
 
 def separable(kernel: int, dilation: int = 1) -> Op:
-    """ReLU, depthwise and pointwise convolution, batch norm."""
-    return lambda c, stride: nn.Sequential(nn.ReLU(), conv(c, c, kernel, stride, c, dilation), conv(c, c, 1), nn.BatchNorm2d(c))
+    return lambda c, stride: relu_bn(conv(c, c, kernel, stride, c, dilation), conv(c, c, 1))
 
 
 def twice(op: Op) -> Op:
@@ -187,24 +195,27 @@ def twice(op: Op) -> Op:
 
 
 def factorized(k: int) -> Op:
-    """ReLU, a row and a column of the kernel, batch norm."""
-    return lambda c, stride: nn.Sequential(nn.ReLU(), nn.Conv2d(c, c, (1, k), (1, stride), (0, k // 2), bias=False),
-                                           nn.Conv2d(c, c, (k, 1), (stride, 1), (k // 2, 0), bias=False), nn.BatchNorm2d(c))
+    return lambda c, stride: relu_bn(nn.Conv2d(c, c, (1, k), (1, stride), (0, k // 2), bias=False),
+                                     nn.Conv2d(c, c, (k, 1), (stride, 1), (k // 2, 0), bias=False))
 
 
 OPS: dict[str, Op] = {
     "node": lambda c, stride: nn.Identity(), "output": lambda c, stride: nn.Identity(),  # a sum and nothing else
     "none": lambda c, stride: nn.Sequential(nn.AvgPool2d(1, stride), nn.Threshold(math.inf, 0)),  # zero
-    "bias": lambda c, stride: nn.BatchNorm2d(c),  # all that is left of a plain convolution of zeros
+    "bias": lambda c, stride: nn.BatchNorm2d(c),  # all that is left of a convolution of zeros
     "skip_connect": lambda c, stride: nn.Identity() if stride == 1 else FactorizedReduction(c, c),
     "avg_pool_3x3": lambda c, stride: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
-    "max_pool_3x3": max_pool(3), "max_pool_5x5": max_pool(5), "max_pool_7x7": max_pool(7), "maxpool3x3": max_pool(3),
+    "maxpool3x3": lambda c, stride: nn.MaxPool2d(3, stride, 1),
+    "max_pool_3x3": lambda c, stride: nn.MaxPool2d(3, stride, 1),
+    "max_pool_5x5": lambda c, stride: nn.MaxPool2d(5, stride, 2),
+    "max_pool_7x7": lambda c, stride: nn.MaxPool2d(7, stride, 3),
     "conv1x1-bn-relu": lambda c, stride: conv_bn_relu(c, c, 1, stride),
     "conv3x3-bn-relu": lambda c, stride: conv_bn_relu(c, c, 3, stride),
     "nor_conv_1x1": relu_conv(1), "nor_conv_3x3": relu_conv(3), "conv_1x1": relu_conv(1), "conv_3x3": relu_conv(3),
     "conv_3x1_1x3": factorized(3), "conv_7x1_1x7": factorized(7),
     "sep_conv_3x3": twice(separable(3)), "sep_conv_5x5": twice(separable(5)), "sep_conv_7x7": twice(separable(7)),
-    "dil_conv_3x3": separable(3, dilation=2), "dil_conv_5x5": separable(5, dilation=2), "dil_sep_conv_3x3": twice(separable(3, dilation=2)),
+    "dil_conv_3x3": separable(3, dilation=2), "dil_conv_5x5": separable(5, dilation=2),
+    "dil_sep_conv_3x3": twice(separable(3, dilation=2)),
 }
 
 
@@ -218,7 +229,7 @@ class SearchSpace:
     neighbour(arch, rng) -> arch    a valid arch that differs in one choice, whatever its key
     graph(arch) -> Graph            the live, canonical one, which `key` spells; or a `key` of its own
     read(text) -> arch              `parse` without a message: any of the usual exceptions for malformed text
-    benchmark(arch) -> nn.Module    the benchmark's own network, dead operations and classifier included
+    build(arch, whole=False)        `whole`: the benchmark's own network, dead operations and classifier included
     """
     name: str
     task: str  # the task that the authors used for this space; for nbmacro, which they did not use, a choice made here
@@ -229,8 +240,9 @@ class SearchSpace:
     def parse(self, text: str) -> Any:
         try:
             return self.read(text.strip())
-        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
-            raise ValueError(f"not a network of {self.name}: {text.strip()[:60]!r}; right is {self.spelling}") from None
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError,
+                ValueError):
+            raise ValueError(f"not a network of {self.name}: {text.strip()[:60]!r}; expected {self.spelling}") from None
 
     def mutate(self, arch: Any, rng: random.Random) -> Any:
         key = self.key(arch)
@@ -243,14 +255,18 @@ class SearchSpace:
     def key(self, arch: Any) -> str:
         return spell(self.graph(arch))
 
+    @lru_cache(4096)  # bounded, since it keeps the space and the archs alive
     def params(self, arch: Any) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in self.benchmark(arch).parameters())
+            return sum(p.numel() for p in self.build(arch, whole=True).parameters())
 
+    @lru_cache(4096)
     def flops(self, arch: Any) -> int:
         """Floating-point operations of one image's forward pass, as torch counts them: a multiply-add is two."""
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            self.benchmark(arch).eval()(torch.empty(1, 3, self.side, self.side))
+        with torch.device("meta"):
+            network, image = self.build(arch, whole=True).eval(), torch.empty(1, 3, self.side, self.side)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(image)
         return counter.get_total_flops()
 
 
@@ -272,20 +288,14 @@ class Classifier(nn.Sequential):
         return nn.Sequential(*tail)(body(x)[-1])
 
 
-def normal_init(network: nn.Module) -> nn.Module:
-    """Convolutions normal with variance 2 / (k k out), as in NAS-Bench-101's and the NDS residual networks."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return network
-
-
-def is_whole(value: Any, low: int = 1) -> bool:
-    return type(value) is int and value >= low
+def normal_init(module: nn.Module) -> None:
+    """A convolution normal with variance 2 / (k k out), as in NAS-Bench-101's and the NDS residual networks."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def replaced(values: tuple, place: int, value: Any) -> tuple:
@@ -296,8 +306,8 @@ def another(values: Iterable, value: Any, rng: random.Random) -> Any:
     return rng.choice([v for v in values if v != value])
 
 
-def require(condition: Any) -> None:
-    if not condition:
+def require(*conditions: Any) -> None:
+    if not all(conditions):
         raise ValueError
 
 
@@ -308,15 +318,13 @@ class NB101Cell(NamedTuple):
 
 
 class NB101(SearchSpace):
-    """NAS-Bench-101 (Ying et al., ICML 2019): 423,624 cells of at most 7 vertices, operations on the vertices, and 9 edges.
-
-    A stem, three stacks of three cells; between stacks a max-pool halves the map and the channels double.
-    """
+    """NAS-Bench-101 (Ying et al., ICML 2019): 423,624 cells of up to 7 vertices with operations and 9 edges. A stem and
+    three stacks of three cells; between stacks a max-pool halves the map and the channels double."""
     name = task = "nb101"
     OPS = "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3"
     VERTICES, MOST_EDGES = 7, 9
-    spelling = ("[matrix, ops] as JSON: an upper-triangular 0/1 matrix of 2 to 7 vertices with a path from the first to the last and at "
-                f"most 9 edges; ops input, then {', '.join(OPS)}, then output")
+    spelling = ("[matrix, ops] as JSON: an upper-triangular 0/1 matrix of 2 to 7 vertices with a path from the first "
+                f"to the last and at most 9 edges; ops input, then {', '.join(OPS)}, then output")
 
     def __init__(self, width: int = 16, cells: int = 3):
         self.width, self.cells = width, cells
@@ -332,12 +340,13 @@ class NB101(SearchSpace):
     def neighbour(self, arch: NB101Cell, rng: random.Random) -> NB101Cell:
         """Each possible edge of 7 vertices flips with chance 1/7, each operation becomes another with chance 1/5."""
         n, missing = self.VERTICES, self.VERTICES - len(arch.ops)
-        ops = *arch.ops[:-1], *(rng.choice(self.OPS) for _ in range(missing)), "output"  # vertices without edges
+        old_ops = *arch.ops[1:-1], *(rng.choice(self.OPS) for _ in range(missing))  # vertices without edges
         rows = [[*row[:-1], *[0] * missing, row[-1]] for row in arch.matrix]
         rows[-1:-1] = [[0] * n] * missing
         while True:
             matrix = tuple(tuple(rows[i][j] ^ (j > i and rng.random() < 1 / n) for j in range(n)) for i in range(n))
-            child = NB101Cell(matrix, tuple(another(self.OPS, op, rng) if op in self.OPS and rng.random() < 1 / 5 else op for op in ops))
+            ops = (another(self.OPS, op, rng) if rng.random() < 1 / 5 else op for op in old_ops)
+            child = NB101Cell(matrix, ("input", *ops, "output"))
             if self.valid(child):
                 return child
 
@@ -357,9 +366,9 @@ class NB101(SearchSpace):
 
     def read(self, text: str) -> NB101Cell:
         matrix, ops = json.loads(text)
-        require(2 <= len(ops) <= self.VERTICES and ops[0] == "input" and ops[-1] == "output" and set(ops[1:-1]) <= set(self.OPS))
-        require([len(row) for row in matrix] == [len(ops)] * len(ops))
-        require(all(type(x) is int and x in (0, int(j > i)) for i, row in enumerate(matrix) for j, x in enumerate(row)))
+        require(2 <= len(ops) <= self.VERTICES, [len(row) for row in matrix] == [len(ops)] * len(ops))
+        require(ops[0] == "input", ops[-1] == "output", set(ops[1:-1]) <= set(self.OPS))
+        require(all(type(x) is int and x in (0, j > i) for i, row in enumerate(matrix) for j, x in enumerate(row)))
         arch = NB101Cell(tuple(map(tuple, matrix)), tuple(ops))
         require(self.valid(arch))
         return arch
@@ -367,27 +376,24 @@ class NB101(SearchSpace):
     def format(self, arch: NB101Cell) -> str:
         return json.dumps(arch)
 
-    def build(self, arch: NB101Cell) -> nn.Module:
-        return self.network(self.graph(arch), self.width, self.cells)
-
-    def benchmark(self, arch: NB101Cell) -> nn.Module:
-        return Classifier(self.network(self.graph(arch, whole=True), 128, 3), 4 * 128)
-
-    def network(self, graph: Graph, width: int, cells: int) -> nn.Module:
+    def build(self, arch: NB101Cell, whole: bool = False) -> nn.Module:
+        graph = self.graph(arch, whole)
+        width, cells = (128, 3) if whole else (self.width, self.cells)
         entries = conv_bn_relu(3, width, 3), nn.MaxPool2d(2), nn.MaxPool2d(2)
-        return normal_init(Stages(*(
-            nn.Sequential(entry, *(NB101Block(graph, c if i or not stack else c // 2, c) for i in range(cells)))
-            for stack, (entry, c) in enumerate(zip(entries, (width, 2 * width, 4 * width))))))
+        network = Stages()
+        for entry, c_in, c in zip(entries, (width, width, 2 * width), (width, 2 * width, 4 * width)):
+            network.append(nn.Sequential(entry, *(NB101Block(graph, c if i else c_in, c) for i in range(cells))))
+        return Classifier(network, 4 * width) if whole else network.apply(normal_init)
 
 
 class NB101Block(nn.Module):
-    """A NAS-Bench-101 cell. What leaves the input passes a 1x1 convolution of its own; the output's channels are divided
-    among the vertices that reach it, the remainder one each to the first; others are as wide as the widest that they feed."""
+    """A NAS-Bench-101 cell. What leaves the input passes a 1x1 convolution of its own. The output's channels are
+    divided among what it reads, the remainder one each to the first; others are as wide as the widest they feed."""
 
     def __init__(self, graph: Graph, c_in: int, c_out: int):
         super().__init__()
         self.graph, last = graph, len(graph) - 1
-        self.joined = [j for j in graph[last].inputs if j]
+        self.joined = [j for j in graph[last].inputs if j]  # what is concatenated
         self.channels = [0] * last + [c_out]
         for place, j in enumerate(self.joined):
             self.channels[j] = c_out // len(self.joined) + (place < c_out % len(self.joined))
@@ -395,42 +401,40 @@ class NB101Block(nn.Module):
             if j not in self.joined:
                 self.channels[j] = max(self.channels[i] for i in range(j, last) if j in graph[i].inputs)
         self.ops = nn.ModuleList(OPS[graph[j].op](self.channels[j], 1) for j in range(1, last))
-        self.projections = nn.ModuleList(conv_bn_relu(c_in, c, 1) if 0 in vertex.inputs else None for vertex, c in zip(graph, self.channels))
+        self.projections = nn.ModuleList(conv_bn_relu(c_in, c, 1) if 0 in vertex.inputs else None
+                                         for vertex, c in zip(graph, self.channels))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W)
         maps = [x]
         for j, op in enumerate(self.ops, start=1):
-            first, *others = [maps[i][:, :self.channels[j]] if i else self.projections[j](x) for i in self.graph[j].inputs]
-            maps.append(op(sum(others, start=first)))
+            read = [maps[i][:, :self.channels[j]] if i else self.projections[j](x) for i in self.graph[j].inputs]
+            maps.append(op(sum(read[1:], start=read[0])))
         joined = torch.cat([maps[j] for j in self.joined], 1) if self.joined else 0
         return joined + self.projections[-1](x) if self.projections[-1] else joined
 
 
 # ---------------------------------------------------------------------------------------------------- NAS-Bench-201
 class NB201(SearchSpace):
-    """NAS-Bench-201 (Dong and Yang, ICLR 2020): 15,625 cells of 4 nodes with one operation on each of the 6 edges.
-
-    An arch is the tuple of the operations on the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3; a node is the sum of its edges.
-    A stem, three stages of five equal cells; between stages a residual block halves the map and doubles the channels.
-    """
+    """NAS-Bench-201 (Dong and Yang, ICLR 2020): 15,625 cells of 4 nodes. An arch is the operations on a cell's EDGES.
+    A stem, three stages of five cells; between stages a residual block halves the map and doubles the channels."""
     name, task = "nb201", "nb101"
     OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")  # numbered as in the authors' files
     NAMES, NUMBERS = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|", "[[{}],[{},{}],[{},{},{}]]"  # the two spellings
     spelling = f"{NAMES} or {NUMBERS}, each {{}} one of {', '.join(OPS)} or its number 0 to 4"
     EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
-    # Recorded test accuracies on CIFAR-10, in %: of 600 cells drawn at random, sorted by accuracy, the 16th and every 30th
-    # after it, every other one first. A cell is written as the numbers of its operations.
-    ACCURACIES = {
-        "441004": 67.27, "143110": 83.46, "141234": 87.2067, "131020": 88.7767, "201110": 89.6367,
-        "032042": 90.94, "044322": 91.71, "333022": 92.1333, "324431": 92.46, "312213": 93.13,
-        "200404": 76.0233, "314144": 86.6633, "410113": 88.32, "124201": 89.0467, "404222": 90.1367,
-        "420213": 91.3733, "300340": 91.98, "011322": 92.26, "202330": 92.7133, "340133": 93.64,
-    }
 
-    labels = property(lambda self: [(tuple(self.OPS[int(digit)] for digit in digits), value) for digits, value in self.ACCURACIES.items()])
+    # Recorded test accuracies on CIFAR-10, in %: of 600 cells drawn at random, sorted by accuracy, the 16th and every
+    # 30th after it, every other one first. A cell is written as the numbers of its operations.
+    ACCURACIES = {
+        "441004": 67.27, "143110": 83.46, "141234": 87.2067, "131020": 88.7767, "201110": 89.6367, "032042": 90.94,
+        "044322": 91.71, "333022": 92.1333, "324431": 92.46, "312213": 93.13, "200404": 76.0233, "314144": 86.6633,
+        "410113": 88.32, "124201": 89.0467, "404222": 90.1367, "420213": 91.3733, "300340": 91.98, "011322": 92.26,
+        "202330": 92.7133, "340133": 93.64,
+    }
 
     def __init__(self, width: int = 16, cells: int = 5):
         self.width, self.cells = width, cells
+        self.labels = [(tuple(self.OPS[int(i)] for i in cell), value) for cell, value in self.ACCURACIES.items()]
 
     def random(self, rng: random.Random) -> tuple[str, ...]:
         return tuple(rng.choice(self.OPS) for _ in self.EDGES)
@@ -440,7 +444,7 @@ class NB201(SearchSpace):
         return replaced(arch, edge, another(self.OPS, arch[edge], rng))
 
     def graph(self, arch: tuple[str, ...], whole: bool = False) -> Graph:
-        """The canonical graph of what has an effect, a skip resolved to what it carries (`whole`: every edge's operation)."""
+        """The canonical graph of what has an effect, skips resolved to what they carry (`whole`: every operation)."""
         graph = [Vertex("input")]
         nodes: list[tuple[int, ...]] = [(0,), (), (), ()]  # the vertices whose sum a node is
         for (source, target), op in zip(self.EDGES, arch):
@@ -453,32 +457,30 @@ class NB201(SearchSpace):
         return tuple(graph) if whole else canonical(live(graph))
 
     def read(self, text: str) -> tuple[str, ...]:
-        template, ops = (self.NAMES, {op: op for op in self.OPS}) if text[0] == "|" else (self.NUMBERS, dict(zip("01234", self.OPS)))
-        found = re.fullmatch(re.escape(template).replace(r"\{\}", r"(\w+)"), "".join(text.split()))
-        return tuple(ops[op] for op in found.groups())
+        named = text[0] == "|"
+        pattern = re.escape(self.NAMES if named else self.NUMBERS).replace(r"\{\}", r"(\w+)")
+        ops = dict(zip(self.OPS if named else "01234", self.OPS))
+        return tuple(ops[op] for op in re.fullmatch(pattern, "".join(text.split())).groups())
 
     def format(self, arch: tuple[str, ...]) -> str:
         return self.NAMES.format(*arch)
 
-    def build(self, arch: tuple[str, ...]) -> nn.Module:
-        """Batch norms in the cells have no affine parameters and no running statistics, as in the code of GenNAS's authors."""
-        graph, bn = self.graph(arch), partial(nn.BatchNorm2d, affine=False, track_running_stats=False)
+    def build(self, arch: tuple[str, ...], whole: bool = False) -> nn.Module:
+        """Unless `whole`, the cells' batch norms neither learn nor remember, as in the code of GenNAS's authors."""
+        graph = self.graph(arch, whole)
+        width, cells = (16, 5) if whole else (self.width, self.cells)
         if not graph[-1].inputs:
-            return Nothing(self.width)
-        return self.network(graph, self.width, self.cells, OPS | {"nor_conv_1x1": relu_conv(1, bn), "nor_conv_3x3": relu_conv(3, bn)})
-
-    def benchmark(self, arch: tuple[str, ...]) -> nn.Module:
-        return Classifier(self.network(self.graph(arch, whole=True), 16, 5, OPS), 64, tail=(nn.BatchNorm2d(64), nn.ReLU()))
-
-    def network(self, graph: Graph, width: int, cells: int, ops: dict[str, Op]) -> nn.Module:
-        widths = width, 2 * width, 4 * width
-        entries = conv_bn(3, width, 3), *(self.reduction(c_in, c_out) for c_in, c_out in pairwise(widths))
-        return Stages(*(nn.Sequential(entry, *(NB201Cell(graph, c, ops) for _ in range(cells))) for entry, c in zip(entries, widths)))
-
-    def reduction(self, c_in: int, c_out: int) -> nn.Module:
-        """The residual block between stages: half the side, another width."""
-        return Sum(nn.Sequential(relu_conv_bn(c_in, c_out, 3, stride=2), relu_conv_bn(c_out, c_out, 3)),
-                   nn.Sequential(nn.AvgPool2d(2), conv(c_in, c_out, 1)))
+            return Nothing(width)
+        bare = {} if whole else {"affine": False, "track_running_stats": False}
+        ops = OPS | {"nor_conv_1x1": relu_conv(1, **bare), "nor_conv_3x3": relu_conv(3, **bare)}
+        entries = [conv_bn(3, width, 3)]
+        for c in (width, 2 * width):
+            body = nn.Sequential(relu_bn(conv(c, 2 * c, 3, stride=2)), relu_bn(conv(2 * c, 2 * c, 3)))
+            entries.append(Sum(body, nn.Sequential(nn.AvgPool2d(2), conv(c, 2 * c, 1))))
+        network = Stages()
+        for entry, c in zip(entries, (width, 2 * width, 4 * width)):
+            network.append(nn.Sequential(entry, *(NB201Cell(graph, c, ops) for _ in range(cells))))
+        return Classifier(network, 4 * width, tail=(nn.BatchNorm2d(4 * width), nn.ReLU())) if whole else network
 
 
 class NB201Cell(nn.Module):
@@ -504,11 +506,9 @@ class Nothing(nn.Module):
 
 # -------------------------------------------------------------------------------------------------- NAS-Bench-Macro
 class NBMacro(SearchSpace):
-    """NAS-Bench-Macro (Su et al., CVPR 2021): 6,561 networks of 8 layers, each an identity or an inverted residual block.
-
-    An arch is its 8 digits: 0 identity, 1 a 3x3 block of expansion 3, 2 a 5x5 block of expansion 6. Stages of 2, 3 and 3
-    layers; the first layer of each halves the map (the first stage's does not when regressing) and doubles the channels.
-    """
+    """NAS-Bench-Macro (Su et al., CVPR 2021): 6,561 networks of 8 layers. An arch is their digits: 0 identity, 1 and 2
+    inverted residuals. Stages of 2, 3 and 3 layers; the first layer of each halves the map (not the first stage's when
+    regressing) and doubles the channels."""
     name, task = "nbmacro", "nb101"
     STAGES = (0, 2), (2, 5), (5, 8)
     spelling = "8 digits, each 0, 1 or 2"
@@ -534,34 +534,28 @@ class NBMacro(SearchSpace):
     def format(self, arch: str) -> str:
         return arch
 
-    def build(self, arch: str) -> nn.Module:
-        return self.network(arch, self.width, first_stride=1)
-
-    def benchmark(self, arch: str) -> nn.Module:
-        return Classifier(self.network(arch, 32, first_stride=2), 1280, tail=[conv_bn_relu(256, 1280, 1)])
-
-    def network(self, arch: str, width: int, first_stride: int) -> nn.Module:
-        stages, c_in = [[conv_bn_relu(3, width, 3)], [], []], width
-        for number, (layers, digits) in enumerate(zip(stages, self.key(arch).split())):
-            c_out, stride = 2 * c_in, 2 if number else first_stride
-            for digit in digits:
-                layers.append(self.layer(digit, c_in, c_out, stride))
-                c_in, stride = c_out, 1
-        return Stages(*(nn.Sequential(*layers) for layers in stages))
+    def build(self, arch: str, whole: bool = False) -> nn.Module:
+        width = 32 if whole else self.width
+        network = Stages(nn.Sequential(conv_bn_relu(3, width, 3)), nn.Sequential(), nn.Sequential())
+        strides, widths = (2 if whole else 1, 2, 2), (width, 2 * width, 4 * width)
+        for stage, digits, stride, c in zip(network, self.key(arch).split(), strides, widths):
+            stage.append(self.layer(digits[0], c, 2 * c, stride))
+            stage.extend(self.layer(digit, 2 * c, 2 * c, 1) for digit in digits[1:])
+        return Classifier(network, 1280, tail=[conv_bn_relu(8 * width, 1280, 1)]) if whole else network
 
     def layer(self, digit: str, c_in: int, c_out: int, stride: int) -> nn.Module:
         if digit == "0":
             return conv_bn(c_in, c_out, 1, stride)
         kernel, expansion = self.BLOCKS[digit]
         c = c_in * expansion
-        block = nn.Sequential(conv_bn_relu(c_in, c, 1), conv_bn_relu(c, c, kernel, stride, groups=c), conv_bn(c, c_out, 1))
+        block = nn.Sequential(conv_bn_relu(c_in, c, 1), conv_bn_relu(c, c, kernel, stride, c), conv_bn(c, c_out, 1))
         return Sum(block, nn.Identity()) if stride == 1 and c_in == c_out else block
 
 
 # ---------------------------------------------------------------- NDS cell spaces: DARTS, ENAS, PNAS, NASNet, Amoeba
 class Genotype(NamedTuple):
-    """Two cells, as in the code of DARTS; prints as the Python that rebuilds it. Nodes are numbered from 2 (0 and 1 are the
-    two previous cells); a node is the sum of two operations on earlier ones, at 2 i and 2 i + 1 of its cell's list."""
+    """Two cells, as in the code of DARTS; prints as the Python that rebuilds it. Nodes are numbered from 2 (0 and 1 are
+    the two previous cells); a node is the sum of two (operation, input), at 2 i and 2 i + 1 of its cell's list."""
     normal: tuple[tuple[str, int], ...]
     normal_concat: tuple[int, ...]
     reduce: tuple[tuple[str, int], ...]
@@ -574,22 +568,20 @@ class CellNet(NamedTuple):
     depth: int
 
 
-POOLS_AND_SEPARABLES = ("skip_connect", "avg_pool_3x3", "max_pool_3x3", "sep_conv_3x3", "sep_conv_5x5")
-CELL_SPACES = {  # nodes of a cell; whether the output has only the loose ends, the nodes that feed no other; the operations
-    "darts": (4, False, ("none", *POOLS_AND_SEPARABLES, "dil_conv_3x3", "dil_conv_5x5")),
-    "enas": (5, True, POOLS_AND_SEPARABLES),
-    "pnas": (5, False, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "dil_conv_3x3", "conv_7x1_1x7")),
-    "nasnet": (5, True, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "max_pool_5x5", "max_pool_7x7", "conv_1x1", "conv_3x3",
+COMMON = ("skip_connect", "avg_pool_3x3", "max_pool_3x3", "sep_conv_3x3", "sep_conv_5x5")
+CELL_SPACES = {  # nodes of a cell; whether the output has only the loose ends, which feed no other node; the operations
+    "darts": (4, False, ("none", *COMMON, "dil_conv_3x3", "dil_conv_5x5")),
+    "enas": (5, True, COMMON),
+    "pnas": (5, False, (*COMMON, "sep_conv_7x7", "dil_conv_3x3", "conv_7x1_1x7")),
+    "nasnet": (5, True, (*COMMON, "sep_conv_7x7", "max_pool_5x5", "max_pool_7x7", "conv_1x1", "conv_3x3",
                          "conv_3x1_1x3", "conv_7x1_1x7", "dil_conv_3x3")),
-    "amoeba": (5, True, (*POOLS_AND_SEPARABLES, "sep_conv_7x7", "dil_sep_conv_3x3", "conv_7x1_1x7")),
+    "amoeba": (5, True, (*COMMON, "sep_conv_7x7", "dil_sep_conv_3x3", "conv_7x1_1x7")),
 }
 
 
 class Cells(SearchSpace):
-    """The cell spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`), width and depth searched or fixed.
-
-    The ImageNet network's values are those of its records; the CIFAR network's could not be compared with records.
-    """
+    """The cell spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`), width and depth free or fixed.
+    The ImageNet network's values are those of its records; the CIFAR network's could not be compared with records."""
     task = "darts"
     MACRO = {  # imagenet -> widths, depths, fixed width and depth; the fixed CIFAR ones are a choice made here
         False: ((16, 24, 32), (4, 8, 12, 16, 20), (16, 20)),
@@ -599,14 +591,14 @@ class Cells(SearchSpace):
     def __init__(self, cells: str, fixed: bool = False, imagenet: bool = False):
         self.name = cells + "-fix" * fixed + "-in" * imagenet
         self.nodes, self.loose_ends, self.ops = CELL_SPACES[cells]
-        self.fixed, self.imagenet = fixed, imagenet
-        self.side = 224 if imagenet else 32
+        self.fixed, self.imagenet, self.side = fixed, imagenet, 224 if imagenet else 32
         self.widths, self.depths, self.default = self.MACRO[imagenet]
         if fixed:
-            self.widths, self.depths = ((value,) for value in self.default)
-        self.spelling = (f"an NDS net dict or Genotype(normal=..., normal_concat=..., reduce=..., reduce_concat=...) with {self.nodes} nodes of two "
-                         f"(op, input), ops among {', '.join(self.ops)}, the concat {'the loose ends' if self.loose_ends else 'all nodes'}; "
-                         f"width in {self.widths}, depth in {self.depths}")
+            self.widths, self.depths = self.default[:1], self.default[1:]
+        self.spelling = (
+            "an NDS net dict or Genotype(normal=..., normal_concat=..., reduce=..., reduce_concat=...) with "
+            f"{self.nodes} nodes of two (op, input), ops among {', '.join(self.ops)}, the concat "
+            f"{'the loose ends' if self.loose_ends else 'all nodes'}; width in {self.widths}, depth in {self.depths}")
 
     def random(self, rng: random.Random) -> CellNet:
         def cell() -> tuple[tuple[str, int], ...]:
@@ -632,12 +624,14 @@ class Cells(SearchSpace):
         return arch._replace(genotype=self.genotype(*cells))
 
     def graphs(self, arch: CellNet, whole: bool = False) -> list[Graph]:
-        """Of the normal and the reduction cell: the canonical graph of what has an effect (`whole`: every operation). A skip
-        is resolved to what it carries, except a strided one, which is an operation; of a zero, pools are zero too, while a
-        convolution's batch norm still adds its bias (and the second half of a separable one makes something of it)."""
+        """Of the normal and the reduction cell: the canonical graph of what has an effect (`whole`: every operation). A
+        skip is resolved to what it carries, except a strided one, which is an operation. Of zero, a pool makes zero, a
+        convolution the bias of its last batch norm; a separable one too, for its first batch norm's bias starts at zero
+        and stays there, since the ReLU that follows has no slope at zero."""
         graphs = []
         for reduction, (pairs, concat) in enumerate((arch.genotype[:2], arch.genotype[2:])):
-            graph, nodes = [Vertex("input 0"), Vertex("input 1")], [(0,), (1,)]  # nodes: the vertices whose sum a node is
+            graph = [Vertex("input 0"), Vertex("input 1")]
+            nodes: list[tuple[int, ...]] = [(0,), (1,)]  # the vertices whose sum a node is
             for i, (op, source) in enumerate(pairs):
                 if i % 2 == 0:
                     nodes.append(())
@@ -645,7 +639,7 @@ class Cells(SearchSpace):
                     nodes[-1] += nodes[source]
                 elif whole or op != "none" and (nodes[source] or "conv" in op):
                     nodes[-1] += (len(graph),)
-                    graph.append(Vertex(op if nodes[source] or op.startswith("sep") else "bias", nodes[source]))
+                    graph.append(Vertex(op if nodes[source] else "bias", nodes[source]))
             first = len(graph)
             graph += [Vertex("node", nodes[j]) for j in concat]
             graph.append(Vertex("concat", tuple(range(first, len(graph)))))
@@ -653,14 +647,16 @@ class Cells(SearchSpace):
         return graphs
 
     def key(self, arch: CellNet) -> str:
-        """Both cells, width and depth; where cells are left out, not the depth, but the chain of those that reach a tap."""
+        """Both cells, if they reach a tap, width, and depth, or the chain of cells that reach one where not all do."""
         graphs = self.graphs(arch)
         reductions, taps, needed = layout(graphs, arch.depth)
-        used = graphs if needed.intersection(reductions) else graphs[:1]  # where no reduction cell reaches a tap, it does not matter what it is
-        place = {cell: number for number, cell in enumerate(sorted(needed))}
-        chain = [(cell in reductions, cell in taps, *(place[cell - 2 + j] for j in inputs_read(graphs[cell in reductions])))
-                 for cell in place if cell >= 0]
-        return "|".join([*map(spell, used), str(arch.width), str(arch.depth if needed.issuperset(range(arch.depth)) else chain)])
+        used = graphs if needed.intersection(reductions) else graphs[:1]
+        depth: Any = arch.depth
+        if not needed.issuperset(range(arch.depth)):
+            place = {cell: number for number, cell in enumerate(sorted(needed))}
+            depth = [(i in reductions, i in taps, *(place[i - 2 + j] for j in inputs_read(graphs[i in reductions])))
+                     for i in place if i >= 0]
+        return "|".join([*map(spell, used), str(arch.width), str(depth)])
 
     def read(self, text: str) -> CellNet:
         """From an NDS net dict, or from the text `Genotype(...)`, which has the fixed width and depth."""
@@ -668,35 +664,28 @@ class Cells(SearchSpace):
             net = json.loads(text)
             genotype, width, depth = net["genotype"], net["width"], net["depth"]
         else:
+            text = re.sub(r"range\((\d), ?(\d)\)", lambda found: str([*range(int(found[1]), int(found[2]))]), text)
             call = ast.parse(text, mode="eval").body
-            require(call.func.id == "Genotype" and not call.args)
-            genotype, (width, depth) = {word.arg: literal(word.value) for word in call.keywords}, self.default
+            require(call.func.id == "Genotype", not call.args)
+            genotype = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+            width, depth = self.default
+        require(type(width) is type(depth) is int, width in self.widths, depth in self.depths)
         cells = [tuple((op, source) for op, source in genotype[cell]) for cell in ("normal", "reduce")]
         for pairs in cells:
             require(len(pairs) == 2 * self.nodes)
-            require(all(op in self.ops and is_whole(source, 0) and source < 2 + i // 2 for i, (op, source) in enumerate(pairs)))
+            require(all(op in self.ops and type(source) is int for op, source in pairs))
+            require(all(0 <= source < 2 + i // 2 for i, (_, source) in enumerate(pairs)))
         arch = CellNet(self.genotype(*cells), width, depth)
-        for concat in ("normal_concat", "reduce_concat"):
-            require(len(genotype[concat]) <= self.nodes and tuple(sorted(genotype[concat])) == getattr(arch.genotype, concat))
-        require(is_whole(width) and width in self.widths and is_whole(depth) and depth in self.depths)
+        for cell in ("normal_concat", "reduce_concat"):
+            require(sorted(genotype[cell]) == [*getattr(arch.genotype, cell)])
         return arch
 
     def format(self, arch: CellNet) -> str:
-        return str(arch.genotype) if self.fixed else json.dumps({"genotype": arch.genotype._asdict(), "width": arch.width, "depth": arch.depth})
+        return str(arch.genotype) if self.fixed else json.dumps(arch._asdict() | {"genotype": arch.genotype._asdict()})
 
-    def build(self, arch: CellNet) -> nn.Module:
-        return CellNetwork(self.graphs(arch), arch.width, arch.depth, self.imagenet)
-
-    def benchmark(self, arch: CellNet) -> nn.Module:
-        network = CellNetwork(self.graphs(arch, whole=True), arch.width, arch.depth, self.imagenet, whole=True)
-        return Classifier(network, network.out_width, 1000 if self.imagenet else 10)
-
-
-def literal(node: ast.expr) -> Any:
-    """The value of a Python literal, or of range(...) of literals."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
-        return range(*map(ast.literal_eval, node.args))
-    return ast.literal_eval(node)
+    def build(self, arch: CellNet, whole: bool = False) -> nn.Module:
+        network = CellNetwork(self.graphs(arch, whole), arch.width, arch.depth, self.imagenet, whole)
+        return Classifier(network, network.out_width, 1000 if self.imagenet else 10) if whole else network
 
 
 def inputs_read(graph: Graph) -> list[int]:
@@ -705,7 +694,7 @@ def inputs_read(graph: Graph) -> list[int]:
 
 
 def layout(graphs: list[Graph], depth: int) -> tuple[tuple[int, ...], tuple[int, ...], set[int]]:
-    """The reduction cells; the tapped cells, before these and at the end; all whose output reaches a tap (below 0: the stem's)."""
+    """The reduction cells; the tapped cells, before these and at the end; all that reach a tap (below 0: the stems)."""
     reductions = depth // 3, 2 * depth // 3
     taps = *(i - 1 for i in reductions), depth - 1
     needed = set(taps)
@@ -716,20 +705,16 @@ def layout(graphs: list[Graph], depth: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 class CellNetwork(nn.Module):
-    """Cells in a chain, each on the outputs of the two before it; those at a third and two thirds of the depth are reduction
-    cells, which halve the map and double the width. Taps: before these two, and at the end.
-
-    `whole`: the benchmark's own network, with strides in the ImageNet stem and with what has no effect. Else the stem runs
-    at stride 1, and a cell whose output reaches no tap is left out, as is the preparation of an input that a cell ignores.
-    """
+    """Cells in a chain, each on the outputs of the two before it; those at a third and two thirds of the depth are
+    reduction cells, which halve the map and double the width. Taps: before these two, and at the end. Unless `whole`,
+    an ImageNet stem has stride 1, and what reaches no tap is left out: cells, and the preparation of inputs."""
 
     def __init__(self, graphs: list[Graph], width: int, depth: int, imagenet: bool, whole: bool = False):
         super().__init__()
         stride = 2 if whole else 1
         if imagenet:
-            self.stem = nn.ModuleList([
-                nn.Sequential(conv_bn_relu(3, width // 2, 3, stride), conv_bn(width // 2, width, 3, stride)),
-                relu_conv_bn(width, width, 3, stride)])
+            first = nn.Sequential(conv_bn_relu(3, width // 2, 3, stride), conv_bn(width // 2, width, 3, stride))
+            self.stem = nn.ModuleList([first, relu_bn(conv(width, width, 3, stride))])
         else:
             self.stem = nn.ModuleList([conv_bn(3, 3 * width, 3), nn.Identity()])
         reductions, self.taps, needed = layout(graphs, depth)
@@ -740,7 +725,8 @@ class CellNetwork(nn.Module):
         for i in range(depth):
             reduction = i in reductions
             width *= 1 + reduction
-            self.cells.append(TwoInputCell(graphs[reduction], c_before, c_last, width, last_reduced, reduction, whole) if i in self.needed else None)
+            sizes = c_before, c_last, width, last_reduced, reduction, whole
+            self.cells.append(TwoInputCell(graphs[reduction], *sizes) if i in self.needed else None)
             c_before, c_last, last_reduced = c_last, width * len(graphs[reduction][-1].inputs), reduction
         self.out_width = c_last
 
@@ -759,17 +745,19 @@ class CellNetwork(nn.Module):
 class TwoInputCell(nn.Module):
     """One cell: both inputs brought to its width, its graph, the concatenation of nodes."""
 
-    def __init__(self, graph: Graph, c_before: int, c_last: int, width: int, last_reduced: bool, reduction: bool, whole: bool):
+    def __init__(self, graph: Graph, c_before: int, c_last: int, width: int, last_reduced: bool, reduction: bool,
+                 whole: bool):
         super().__init__()
         self.graph, self.width = graph, width
-        before = FactorizedReduction(c_before, width) if last_reduced else relu_conv_bn(c_before, width, 1)
+        before = FactorizedReduction(c_before, width) if last_reduced else relu_bn(conv(c_before, width, 1))
+        prepare = before, relu_bn(conv(c_last, width, 1))
         read = (0, 1) if whole else inputs_read(graph)
-        self.prepare = nn.ModuleList(module if j in read else None for j, module in enumerate((before, relu_conv_bn(c_last, width, 1))))
-        self.ops = nn.ModuleList(OPS[op](width, 2 if reduction and inputs and max(inputs) < 2 else 1) for op, inputs in graph[2:-1])
+        self.prepare = nn.ModuleList(module if j in read else None for j, module in enumerate(prepare))
+        self.ops = nn.ModuleList(OPS[op](width, 2 if reduction and inputs and max(inputs) < 2 else 1)
+                                 for op, inputs in graph[2:-1])
 
-    def forward(self, before: Tensor | None, last: Tensor | None, zero: Tensor) -> Tensor:
-        """(B, c_before, H', W'), (B, c_last, H, W) -> (B, n width, side, side). An input that the cell ignores may be None;
-        `zero` is the map of a node that sums nothing."""
+    def forward(self, before: Tensor | None, last: Tensor | None, zero: Tensor) -> Tensor:  # -> (B, n width, H, W)
+        """An input that the cell ignores may be None; `zero`, (B, width, H, W), is the map of a node without inputs."""
         inputs = [prepare and prepare(x) for prepare, x in zip(self.prepare, (before, last))]
         maps = run_graph(self.graph, self.ops, inputs, zero)
         return torch.cat([maps[j] for j in self.graph[-1].inputs], 1)
@@ -792,26 +780,23 @@ RESIDUAL_SPACES = {  # field of the net dict -> its values
     "resnext-a": RESNEXT | {"ws": (16, 32, 64, 128, 256), "num_gs": (1, 2, 4)},
     "resnext-b": RESNEXT | {"ws": (64, 128, 256, 512, 1024), "num_gs": (1, 2, 4, 8, 16)},
 }
-
-
-def with_shortcut(c_in: int, c_out: int, stride: int, *body: nn.Module) -> nn.Module:
-    return Sum(nn.Sequential(*body), nn.Identity() if stride == 1 and c_in == c_out else conv_bn(c_in, c_out, 1, stride))
-
-
 # stride of the benchmark's whole stem -> its layers(width, stride of each layer that has one)
 STEMS: dict[int, Callable[[int, int], list[nn.Module]]] = {
     1: lambda w, stride: [conv_bn_relu(3, w, 3)],
     4: lambda w, stride: [conv_bn_relu(3, w, 7, stride), nn.MaxPool2d(3, stride, 1)],
-    8: lambda w, stride: [conv_bn_relu(3, w // 2, 3, stride), conv_bn_relu(w // 2, w, 3, stride), conv_bn_relu(w, w, 3, stride)],
+    8: lambda w, stride: [conv_bn_relu(c_in, c, 3, stride) for c_in, c in ((3, w // 2), (w // 2, w), (w, w))],
 }
 
-# block type -> constructor(c_in, c_out, stride, bottleneck width, groups); the ReLU after it is not part of it
-BLOCKS: dict[str, Callable[..., nn.Module]] = {
-    "double_plain_block": lambda c_in, c, stride, *_: nn.Sequential(conv_bn_relu(c_in, c, 3, stride), conv_bn(c, c, 3)),
-    "res_basic_block": lambda c_in, c, stride, *_: with_shortcut(c_in, c, stride, conv_bn_relu(c_in, c, 3, stride), conv_bn(c, c, 3)),
-    "res_bottleneck_block": lambda c_in, c, stride, middle, groups: with_shortcut(
-        c_in, c, stride, conv_bn_relu(c_in, middle, 1), conv_bn_relu(middle, middle, 3, stride, groups), conv_bn(middle, c, 1)),
-}
+
+def residual_block(kind: str, c_in: int, c: int, stride: int, mid: int, groups: int) -> nn.Module:
+    """A block of the `block_type` kind, without the ReLU after it; `mid`: the bottleneck's width."""
+    if kind == "res_bottleneck_block":
+        body = nn.Sequential(conv_bn_relu(c_in, mid, 1), conv_bn_relu(mid, mid, 3, stride, groups), conv_bn(mid, c, 1))
+    else:
+        body = nn.Sequential(conv_bn_relu(c_in, c, 3, stride), conv_bn(c, c, 3))
+    if kind == "double_plain_block":
+        return body
+    return Sum(body, nn.Identity() if stride == 1 and c_in == c else conv_bn(c_in, c, 1, stride))
 
 
 class Residual(SearchSpace):
@@ -820,21 +805,22 @@ class Residual(SearchSpace):
 
     def __init__(self, kind: str, imagenet: bool = False):
         self.name = kind + "-in" * imagenet
-        self.choices, self.imagenet, self.plain = RESIDUAL_SPACES[kind], imagenet, kind == "resnet"
-        self.side = 224 if imagenet else 32
-        self.blocks = ("res_basic_block", "double_plain_block") if self.plain else ("res_bottleneck_block",)  # the first is drawn
+        self.choices, self.plain = RESIDUAL_SPACES[kind], kind == "resnet"
+        self.imagenet, self.side = imagenet, 224 if imagenet else 32
+        self.blocks = ("res_basic_block", "double_plain_block") if self.plain else ("res_bottleneck_block",)
         self.strides = (1, 1, 2, 2) if not imagenet else (4, 1, 2, 2, 2) if self.plain else (8, 1, 2, 2)
         self.stem = {"ds": 1, "ws": 64 if imagenet and not self.plain else 16, "bot_muls": 1.0, "num_gs": 1}
-        self.spelling = (f"an NDS net dict as JSON: block_type {' or '.join(self.blocks)}, ss {list(self.strides)}, and as many "
-                         f"{', '.join(field for field, values in self.choices.items() if values)}, the first entry the stem's")
+        self.spelling = (
+            f"an NDS net dict as JSON: block_type {' or '.join(self.blocks)}, ss {list(self.strides)}, and as many "
+            f"{', '.join(field for field, values in self.choices.items() if values)}, the first entry the stem's")
 
     def random(self, rng: random.Random) -> ResidualNet:
-        """Uniform; ResNet's blocks and widths log-uniform."""
-        def draw(field: str, values: tuple) -> tuple:
-            weights = [1 / v for v in values] if self.plain else None
-            return (self.stem[field], *rng.choices(values, weights, k=len(self.strides) - 1)) if values else ()
-
-        return ResidualNet(self.blocks[0], ss=self.strides, **{field: draw(field, values) for field, values in self.choices.items()})
+        """Uniform; ResNet's blocks and widths log-uniform. Of the block types, the first."""
+        lists = {}
+        for field, values in self.choices.items():
+            weights = [1 / value for value in values] if self.plain else None
+            lists[field] = (self.stem[field], *rng.choices(values, weights, k=len(self.strides) - 1)) if values else ()
+        return ResidualNet(self.blocks[0], ss=self.strides, **lists)
 
     def neighbour(self, arch: ResidualNet, rng: random.Random) -> ResidualNet:
         """Another value in one place."""
@@ -845,46 +831,40 @@ class Residual(SearchSpace):
 
     def stages(self, arch: ResidualNet) -> list[tuple]:
         """Of each stage: blocks, width, stride, bottleneck width, groups; the last two 0 without bottlenecks."""
-        n = len(arch.ds)
-        stages = list(zip(arch.ds, arch.ws, arch.ss, arch.bot_muls or (0,) * n, arch.num_gs or (0,) * n))
-        return [(d, w, s, round(w * m), g) for d, w, s, m, g in stages[1:]]
+        stages = zip(arch.ds, arch.ws, arch.ss, arch.bot_muls or repeat(0), arch.num_gs or repeat(0))
+        return [(d, w, s, round(w * m), g) for d, w, s, m, g in stages][1:]
 
     def key(self, arch: ResidualNet) -> str:
         return json.dumps([arch.block_type, arch.ws[0], arch.ss[0], self.stages(arch)])
 
     def read(self, text: str) -> ResidualNet:
         net = json.loads(text)
-        arch = ResidualNet(net["block_type"], *(tuple(net[field]) for field in ResidualNet._fields[1:]))._replace(ss=self.strides)
-        require(arch.block_type in self.blocks and tuple(net["ss"]) == self.strides)
+        lists = {field: tuple(net[field]) for field in ("ss", *self.choices)}
+        require(net["block_type"] in self.blocks, lists["ss"] == self.strides)
         for field, values in self.choices.items():
-            listed = getattr(arch, field)
+            listed = lists[field]
             require(len(listed) == (len(self.strides) if values else 0))
-            require(all(map(is_finite if field == "bot_muls" else is_whole, listed)))
-            require(all(0 < value <= max(values) for value in listed) and (self.plain or set(listed[1:]) <= set(values)))
-        require(arch.ws[0] > 1)  # a stem may halve it
-        return arch
+            require(all(is_finite(value) if field == "bot_muls" else type(value) is int for value in listed))
+            require(all(0 < value <= max(values) for value in listed), self.plain or set(listed[1:]) <= set(values))
+        require(lists["ws"][0] > 1)  # a stem may halve it
+        return ResidualNet(net["block_type"], **lists | {"ss": self.strides})
 
     def format(self, arch: ResidualNet) -> str:
         return json.dumps(arch._asdict())
 
-    def build(self, arch: ResidualNet) -> nn.Module:
-        return self.network(arch, stem_stride=1)
-
-    def benchmark(self, arch: ResidualNet) -> nn.Module:
-        return Classifier(self.network(arch, stem_stride=2), arch.ws[-1], 1000 if self.imagenet else 10, tail=[nn.ReLU()])
-
-    def network(self, arch: ResidualNet, stem_stride: int) -> nn.Module:
-        """`stem_stride`: of each layer of an ImageNet stem. The ReLU of a stage's last block opens the next stage."""
-        stem = STEMS[arch.ss[0]](arch.ws[0], stem_stride)
-        stages, c_in = [], arch.ws[0]
+    def build(self, arch: ResidualNet, whole: bool = False) -> nn.Module:
+        """The ReLU of a stage's last block opens the next stage, for taps are before it."""
+        stem, c_in, network = STEMS[arch.ss[0]](arch.ws[0], 2 if whole else 1), arch.ws[0], Stages()
         for blocks, c, stride, *bottleneck in self.stages(arch):
             layers: list[nn.Module] = []
-            for i in range(blocks):
-                layers += [nn.ReLU(), BLOCKS[arch.block_type](c_in if not i else c, c, stride if not i else 1, *bottleneck)]
-            stages.append(nn.Sequential(*layers))
-            c_in = c
-        stages[0] = nn.Sequential(*stem, *stages[0][1:])  # the stem ends in a ReLU or a pool of its own
-        return normal_init(Stages(*stages))
+            for _ in range(blocks):
+                layers += [nn.ReLU(), residual_block(arch.block_type, c_in, c, stride, *bottleneck)]
+                c_in, stride = c, 1
+            network.append(nn.Sequential(*layers))
+        network[0] = nn.Sequential(*stem, *network[0][1:])  # the stem ends in a ReLU or a pool of its own
+        if whole:
+            return Classifier(network, c_in, 1000 if self.imagenet else 10, tail=[nn.ReLU()])
+        return network.apply(normal_init)
 
 
 # ---------------------------------------------------------------------------------------------------- NAS-Bench-NLP
@@ -895,19 +875,19 @@ class Node(NamedTuple):
 
 
 class NBNLP(SearchSpace):
-    """NAS-Bench-NLP (Klyuchnikov et al., IEEE Access 2022): recurrent cells. An arch is a recipe, a tuple of nodes.
-
-    A node works on x, the previous hidden states h_prev_0 ... h_prev_2 and other nodes; the nodes h_new_i become the next
-    hidden states, and h_new_0 is the layer's output. Three layers, 400 -> 600 -> 600 -> 400. In a `reservoir` the recurrent
-    matrices stay as they were drawn, which is what the authors' code makes of weight drop.
-    """
+    """NAS-Bench-NLP (Klyuchnikov et al., IEEE Access 2022): recurrent cells. An arch is a recipe: nodes on x, on the
+    previous hidden states h_prev_i and on other nodes. The nodes h_new_i become the next hidden states, and h_new_0 is
+    the output. In a `reservoir` the recurrent matrices stay as drawn, as weight drop has it in the authors' code."""
     name, task = "nbnlp", "nlp"
     ACTIVATIONS = "activation_tanh", "activation_sigm", "activation_leaky_relu"
-    ARITY = {"linear": (2, 3), "blend": (3,), "elementwise_prod": (2,), "elementwise_sum": (2,), **dict.fromkeys(ACTIVATIONS, (1,))}
+    KIN = ACTIVATIONS, ("elementwise_sum", "elementwise_prod")  # a mutation exchanges them
+    ARITY = {"linear": (2, 3), "blend": (3,), "elementwise_prod": (2,), "elementwise_sum": (2,),
+             **dict.fromkeys(ACTIVATIONS, (1,))}
     WORDS = 10_000  # of the benchmark's vocabulary
+    MOST_NODES = 100  # that are read; the generator's recipes have at most 25
     flops = None  # they depend on the length of the sequence
-    spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}} without a cycle, over x (of linear only) and h_prev_i, '
-                f"with h_new_0 and as many h_new as h_prev, ops {', '.join(ARITY)}")
+    spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}}, at most 100, without a cycle, over x (of '
+                f"linear only) and h_prev_i, with h_new_0 and as many h_new as h_prev, ops {', '.join(ARITY)}")
 
     def __init__(self, widths: tuple[int, ...] = (400, 600, 600, 400), reservoir: bool = False):
         self.widths, self.reservoir = widths, reservoir
@@ -927,29 +907,25 @@ class NBNLP(SearchSpace):
                     if op == "linear":
                         nodes.append(Node(f"node_{len(nodes)}", rng.choice(self.ACTIVATIONS), (nodes[-1].name,)))
             new = {node.name: f"h_new_{i}" for i, node in enumerate(rng.sample(nodes, len(previous)))}
-            nodes = [Node(new.get(name, name), op, tuple(new.get(source, source) for source in inputs)) for name, op, inputs in nodes]
-            reached = self.reached(nodes, list(new.values()))
-            arch = tuple(node for node in nodes if node.name in reached)
+            reached = self.reached(nodes, list(new))
+            arch = tuple(Node(new.get(name, name), op, tuple(new.get(source, source) for source in inputs))
+                         for name, op, inputs in nodes if name in reached)
             if self.valid(arch):
                 return arch
 
     def sources(self, op: str, nodes: Iterable[Node], previous: list[str]) -> list[str]:
-        """What an operation may read: linear layers read x, hidden states and activations; the others no x, but all nodes."""
-        if op == "linear":
-            return ["x", *previous, *(node.name for node in nodes if node.op in self.ACTIVATIONS)]
-        return [*previous, *(node.name for node in nodes)]
+        """What an operation may read: linear ones x, hidden states and activations; the others no x, but all nodes."""
+        names = [node.name for node in nodes if op != "linear" or node.op in self.ACTIVATIONS]
+        return ["x", *previous, *names] if op == "linear" else [*previous, *names]
 
-    def reached(self, nodes: Iterable[Node], names: list[str], through_time: bool = False) -> set[str]:
+    def reached(self, nodes: Iterable[Node], names: list[str], through_time: bool = False) -> list[str]:
         """All that `names` depend on, in one step or, through the hidden states, over all steps."""
         inputs = {node.name: node.inputs for node in nodes}
-        todo, found = list(names), set()
-        while todo:
-            name = todo.pop()
-            if name not in found:
-                found.add(name)
-                todo += inputs.get(name, ())
-                if through_time and name.startswith("h_prev"):
-                    todo.append(name.replace("prev", "new"))
+        if through_time:
+            inputs |= {name.replace("new", "prev"): (name,) for name in inputs if name.startswith("h_new")}
+        found = list(names)
+        for name in found:  # grows on the way
+            found += [source for source in inputs.get(name, ()) if source not in found]
         return found
 
     def previous(self, arch: tuple[Node, ...]) -> list[str]:
@@ -958,9 +934,10 @@ class NBNLP(SearchSpace):
 
     def valid(self, arch: tuple[Node, ...]) -> bool:
         """As the benchmark's generator has it: everything used, no new hidden state that reads a previous one."""
-        new = [node.name for node in arch if node.name.startswith("h_new")]
-        return len(self.reached(arch, new)) == 1 + len(new) + len(arch) and not any(
-            source.startswith("h_prev") for node in arch if node.name in new for source in node.inputs)
+        new = [node for node in arch if node.name.startswith("h_new")]
+        used = self.reached(arch, [node.name for node in new])
+        reads_previous = any(source.startswith("h_prev") for node in new for source in node.inputs)
+        return len(used) == 1 + len(new) + len(arch) and not reads_previous
 
     def in_order(self, arch: tuple[Node, ...]) -> list[Node]:
         nodes = {node.name: node for node in arch}
@@ -969,12 +946,11 @@ class NBNLP(SearchSpace):
 
     def neighbour(self, arch: tuple[Node, ...], rng: random.Random) -> tuple[Node, ...]:
         """Another activation, a sum for a product or the reverse, or another input in one place."""
-        previous = self.previous(arch)
-        valid = self.valid if self.valid(arch) else lambda child: True  # of a foreign recipe no more is asked than it has
+        previous, asked = self.previous(arch), self.valid(arch)  # of a foreign recipe no more is asked than it has
         for _ in range(TRIES):
             place = rng.randrange(len(arch))
             node = arch[place]
-            kin = next((ops for ops in (self.ACTIVATIONS, ("elementwise_sum", "elementwise_prod")) if node.op in ops), ())
+            kin = next((ops for ops in self.KIN if node.op in ops), ())
             if kin and (node.op in self.ACTIVATIONS or rng.random() < 0.5):
                 node = node._replace(op=another(kin, node.op, rng))
             else:
@@ -984,7 +960,7 @@ class NBNLP(SearchSpace):
                     continue
                 node = node._replace(inputs=replaced(node.inputs, rng.randrange(len(node.inputs)), rng.choice(unread)))
             child = replaced(arch, place, node)
-            if valid(child):
+            if not asked or self.valid(child):
                 return child
         raise ValueError(f"no neighbour was found of {self.format(arch)}")
 
@@ -992,18 +968,18 @@ class NBNLP(SearchSpace):
         """The nodes that reach the output over time (`whole`: all) as vertices. The operands of a blend, which are not
         alike, pass vertices of their own; a vertex "state" ties a new hidden state to the previous one."""
         used = self.reached(arch, ["h_new_0"], through_time=True)
-        nodes = [node for node in self.in_order(arch) if whole or node.name in used]
-        states = sorted(node.name[-1] for node in nodes if node.name == "h_new_0"
-                        or node.name.startswith("h_new") and (whole or node.name.replace("new", "prev") in used))
-        graph = [Vertex("input 0"), *(Vertex("input 1" if i == "0" else "input 2") for i in states)]  # x, h_prev_0, the others
-        place = {"x": 0, **{f"h_prev_{i}": 1 + number for number, i in enumerate(states)}}
-        for name, op, inputs in nodes:
-            sources = [place[source] for source in inputs]
+        states = [i for i in range(len(self.previous(arch))) if whole or i == 0 or f"h_prev_{i}" in used]
+        graph = [Vertex("input 0"), *(Vertex("input 2" if i else "input 1") for i in states)]  # x, h_prev_0, the others
+        place = {"x": 0, **{f"h_prev_{i}": number for number, i in enumerate(states, start=1)}}
+        for name, op, inputs in self.in_order(arch):
+            if not whole and name not in used:
+                continue
+            sources = tuple(place[source] for source in inputs)
             if op == "blend":
                 graph += [Vertex(f"blend {i}", (source,)) for i, source in enumerate(sources)]
-                sources = list(range(len(graph) - 3, len(graph)))
+                sources = tuple(range(len(graph) - 3, len(graph)))
             place[name] = len(graph)
-            graph.append(Vertex(op, tuple(sources)))
+            graph.append(Vertex(op, sources))
         first = len(graph)
         graph += [Vertex("state", (place[f"h_prev_{i}"], place[f"h_new_{i}"])) for i in states]
         graph.append(Vertex("output", tuple(range(first, len(graph)))))
@@ -1016,26 +992,28 @@ class NBNLP(SearchSpace):
             recipe = json.loads(recipe["recepie"])
         arch = tuple(Node(name, node["op"], tuple(node["input"])) for name, node in recipe.items())
         names = {node.name for node in arch}
-        require(not any(name == "x" or name.startswith("h_prev") for name in names))
         new = sorted(name for name in names if name.startswith("h_new"))
-        require(1 <= len(new) <= 3 and new == [f"h_new_{i}" for i in range(len(new))])
+        require(len(arch) <= self.MOST_NODES, not any(name == "x" or name.startswith("h_prev") for name in names))
+        require(1 <= len(new) <= 3, new == [f"h_new_{i}" for i in range(len(new))])
         known = {"x", *self.previous(arch), *names}
         for _, op, inputs in arch:
-            require(len(inputs) == len(set(inputs)) in self.ARITY[op] and set(inputs) <= known and (op == "linear" or "x" not in inputs))
-        self.in_order(arch)
+            require(len(inputs) == len(set(inputs)), len(inputs) in self.ARITY[op], set(inputs) <= known)
+            require(op == "linear" or "x" not in inputs)
+        self.in_order(arch)  # a cycle is a ValueError
         return arch
 
     def format(self, arch: tuple[Node, ...]) -> str:
         return json.dumps({name: {"op": op, "input": list(inputs)} for name, op, inputs in arch})
 
-    def build(self, arch: tuple[Node, ...]) -> nn.Module:
-        return RecurrentNetwork(self.graph(arch), self.widths, self.reservoir)
-
-    def benchmark(self, arch: tuple[Node, ...]) -> nn.Module:
-        """With the word embedding, whose weights the decoder shares."""
+    def build(self, arch: tuple[Node, ...], whole: bool = False) -> nn.Module:
+        """`whole`: with the word embedding, whose weights the decoder shares."""
+        widths = (400, 600, 600, 400) if whole else self.widths
+        network = RecurrentNetwork(self.graph(arch, whole), widths, self.reservoir)
+        if not whole:
+            return network
         encoder, decoder = nn.Embedding(self.WORDS, 400), nn.Linear(400, self.WORDS)
         decoder.weight = encoder.weight
-        return nn.ModuleList([encoder, RecurrentNetwork(self.graph(arch, whole=True), (400, 600, 600, 400)), decoder])
+        return nn.ModuleList([encoder, network, decoder])
 
 
 class RecurrentNetwork(nn.Module):
@@ -1047,50 +1025,51 @@ class RecurrentNetwork(nn.Module):
         self.layers = nn.ModuleList(RecurrentLayer(graph, c_in, hidden, reservoir) for c_in, hidden in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, widths[0]) -> (B, T, widths[-1])
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             x = layer(x)
-            drop = 0.1 if i == len(self.layers) - 1 else 0.25
+            drop = 0.1 if layer is self.layers[-1] else 0.25
             x = x * F.dropout(torch.ones_like(x[:, :1]), drop, self.training)
         return x
 
 
 class RecurrentLayer(nn.Module):
-    """A recipe's graph run over a sequence, hidden states from zero. Weight drop .1 on all matrices but those of x, which
-    are the only ones that are trained in a `reservoir`."""
-    OPS: dict[str, Callable[..., Tensor]] = {
+    """A recipe's graph run over a sequence, hidden states from zero. Weight drop .1 on all matrices but those of x,
+    which are the only ones that are trained in a `reservoir`."""
+    OPS: dict[str, Callable[..., Tensor | None]] = {
         "activation_tanh": torch.tanh, "activation_sigm": torch.sigmoid, "activation_leaky_relu": F.leaky_relu,
-        "elementwise_sum": torch.add, "elementwise_prod": torch.mul, **dict.fromkeys(("blend 0", "blend 1", "blend 2"), lambda a: a),
+        "elementwise_sum": torch.add, "elementwise_prod": torch.mul,
+        **dict.fromkeys(("blend 0", "blend 1", "blend 2"), lambda a: a), "state": lambda previous, new: None,
     }
 
     def __init__(self, graph: Graph, c_in: int, hidden: int, reservoir: bool = False):
         super().__init__()
         self.graph, self.hidden = graph, hidden
-        bound = 1 / math.sqrt(hidden)
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        bound = 1 / math.sqrt(hidden)
         for i, (op, inputs) in enumerate(graph):
             if op == "linear":
                 for j in inputs:
-                    self.weights[f"{i} {j}"] = nn.Parameter(torch.empty(hidden, hidden if j else c_in).uniform_(-bound, bound),
-                                                           requires_grad=not (j and reservoir))
+                    weight = torch.empty(hidden, hidden if j else c_in).uniform_(-bound, bound)
+                    self.weights[f"{i} {j}"] = nn.Parameter(weight, requires_grad=not (j and reservoir))
                 self.biases[str(i)] = nn.Parameter(torch.empty(hidden).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, c_in) -> (B, T, hidden)
-        weights = {name: F.dropout(w, 0.1, self.training) for name, w in self.weights.items() if not name.endswith(" 0")}
-        fixed = {}  # what linear vertices get from x and their bias, (B, T, hidden), for all steps at once
+        weights = {name: w if name.endswith(" 0") else F.dropout(w, 0.1, self.training)
+                   for name, w in self.weights.items()}
+        fixed = {}  # what linear vertices get from x and their bias, for all steps at once, (B, T, hidden)
         for i, (op, inputs) in enumerate(self.graph):
             if op == "linear":
                 bias = self.biases[str(i)]
-                fixed[i] = F.linear(x, self.weights[f"{i} 0"], bias) if 0 in inputs else bias.expand(*x.shape[:2], self.hidden)
-        states = sorted(vertex.inputs for vertex in self.graph if vertex.op == "state")  # (previous, new), as the inputs stand
+                fixed[i] = F.linear(x, weights[f"{i} 0"], bias) if 0 in inputs else bias.expand(*x.shape[:2], -1)
+        states = sorted(vertex.inputs for vertex in self.graph if vertex.op == "state")  # (previous, new)
         hidden = [x.new_zeros(len(x), self.hidden) for _ in states]
         outputs = []
         for t in range(x.shape[1]):
             values: list[Any] = [None, *hidden]
             for i, (op, inputs) in list(enumerate(self.graph))[1 + len(hidden):-1]:
-                if op == "state":
-                    values.append(None)
-                elif op == "linear":
-                    values.append(sum((F.linear(values[j], weights[f"{i} {j}"]) for j in inputs if j), start=fixed[i][:, t]))
+                if op == "linear":
+                    read = (F.linear(values[j], weights[f"{i} {j}"]) for j in inputs if j)
+                    values.append(sum(read, start=fixed[i][:, t]))
                 elif op == "blend":
                     a, b, c = (values[j] for j in sorted(inputs, key=lambda j: self.graph[j].op))
                     values.append(a * b + (1 - a) * c)
@@ -1104,31 +1083,33 @@ class RecurrentLayer(nn.Module):
 # ------------------------------------------------------------------------------------------------- names and labels
 SPACES: dict[str, Callable[..., SearchSpace]] = {
     "nb101": NB101, "nb201": NB201, "nbmacro": NBMacro, "nbnlp": NBNLP,
-    **{cells + "-fix" * fixed + "-in" * imagenet: partial(Cells, cells, fixed, imagenet)
-       for cells, fixed, imagenet in product(CELL_SPACES, (False, True), (False, True)) if not fixed or cells in ("darts", "enas", "pnas")},
-    **{kind + "-in" * imagenet: partial(Residual, kind, imagenet) for kind, imagenet in product(RESIDUAL_SPACES, (False, True))},
+    **{kind + fix + end: partial(Cells, kind, fix == "-fix", end == "-in")
+       for kind, fix, end in product(CELL_SPACES, ("", "-fix"), ("", "-in"))
+       if not fix or kind in ("darts", "enas", "pnas")},
+    **{kind + end: partial(Residual, kind, end == "-in") for kind, end in product(RESIDUAL_SPACES, ("", "-in"))},
 }
 METHODS = "random", "mutate", "build", "key", "parse", "format", "params"
 
 
 def get(name: str, **sizes: int) -> Any:
-    """The search space of a `--space` name, made with the `sizes` that its class takes; or one of your own, FILE.py:CLASS,
-    made without. ValueError for an unknown name or a class that is not a search space."""
+    """The search space of a `--space` name, made with the `sizes` that its class takes; or one of your own,
+    FILE.py:CLASS, made without. ValueError for an unknown name or a class that is not a search space."""
     if name in SPACES:
         return SPACES[name](**sizes)
     path, _, cls = name.rpartition(":")
     if not path.endswith(".py"):
-        raise ValueError(f"unknown space {name!r}; right is one of {', '.join(SPACES)}, or FILE.py:CLASS")
+        raise ValueError(f"unknown space {name!r}; expected one of {', '.join(SPACES)}, or FILE.py:CLASS")
     try:
         spec = importlib.util.spec_from_file_location("own_space", path)
-        module = sys.modules["own_space"] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
+        sys.modules["own_space"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for it
         spec.loader.exec_module(module)
         space = getattr(module, cls)()
-    except Exception as error:  # the file can raise anything
-        raise ValueError(f"space {name}: {type(error).__name__}: {error}; right is the file and the name of a class") from None
+    except (Exception, SystemExit) as error:  # the file can raise anything, and call sys.exit
+        raise ValueError(f"space {name}: {type(error).__name__}: {error}; expected the file and the name of a "
+                         "class") from None
     absent = [method for method in METHODS if not hasattr(space, method)]
     if absent:
-        raise ValueError(f"space {name}: has no {', '.join(absent)}; right is a class with {', '.join(METHODS)}")
+        raise ValueError(f"space {name}: has no {', '.join(absent)}; expected a class with {', '.join(METHODS)}")
     return space
 
 
@@ -1137,8 +1118,8 @@ def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
 
     From a JSON list of [arch, value], an arch in any spelling that `space.parse` reads, as text or as JSON; from an NDS
     file, a list of records or {"top": records, "mid": records}, value = 100 - last test error; or from a folder of
-    NAS-Bench-NLP run logs, in the order of their names, value = - lowest validation loss; failed runs are left out, and
-    said to be. ValueError for anything else or another space's architectures, OSError for a file that is not there.
+    NAS-Bench-NLP run logs, sorted by name, value = - lowest validation loss, failed runs left out with a warning.
+    ValueError for anything else or another space's architectures, OSError for a file that is not there.
     """
     path, failed, labels = Path(path), 0, []
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
@@ -1163,8 +1144,8 @@ def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
                         continue
                     value = -min(filter(is_finite, losses))
                 case _:
-                    raise ValueError(f"labels {file}, entry {number}: right is [architecture, number], an NDS record or a NAS-Bench-NLP run log, "
-                                     f"not {json.dumps(record)[:80]}")
+                    raise ValueError(f"labels {file}, entry {number}: expected [architecture, number], an NDS record "
+                                     f"or a NAS-Bench-NLP run log, not {json.dumps(record)[:80]}")
             try:
                 labels.append((space.parse(arch if isinstance(arch, str) else json.dumps(arch)), float(value)))
             except ValueError as error:
@@ -1172,5 +1153,6 @@ def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
     if failed:
         print(f"labels {path}: {failed} of {failed + len(labels)} runs failed and are left out", file=sys.stderr)
     if not labels:
-        raise ValueError(f"labels {path}: no entry that counts; right is a JSON list of [architecture, value], an NDS file, or a folder of run logs")
+        raise ValueError(f"labels {path}: no entry that counts; expected a JSON list of [architecture, value], an NDS "
+                         "file, or a folder of run logs")
     return labels
