@@ -1104,15 +1104,14 @@ class Torchrun:
     list that process 0 puts there. Process 0 decides and trains too, the others `serve`."""
 
     def __init__(self, words: tuple):
-        store, self.rank, _ = next(distributed.rendezvous("env://", timeout=timedelta(days=100)))
+        store, self.rank, self.count = next(distributed.rendezvous("env://", timeout=timedelta(days=100)))
         self.store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # it outlives a restart
         self.words, self.lists = (*words, int(os.environ["LOCAL_RANK"])), 0
 
-    def map(self, items: list[Item] | None) -> Iterator[Result]:
-        """No items end the others."""
+    def map(self, items: list[Item]) -> Iterator[Result]:
         self.lists += 1
         self.store.set(f"list {self.lists}", json.dumps(items))
-        for number in range(1, len(items or ()) + 1):
+        for number in range(1, len(items) + 1):
             done = f"{self.lists} done {number}"
             while not self.store.check([done]):
                 if not self.train_next(self.lists, items):
@@ -1134,9 +1133,16 @@ class Torchrun:
         for number in itertools.count(1):
             items = json.loads(self.store.get(f"list {number}"))  # waits for it
             if items is None:
+                self.store.add("ended", 1)
                 return
             while self.train_next(number, items):
                 pass
+
+    def end(self) -> None:
+        """Ends the others, and waits for that: the store may be this process's own."""
+        self.store.set(f"list {self.lists + 1}", "null")
+        while self.store.add("ended", 0) < self.count - 1:
+            time.sleep(0.01)
 
 
 class Scorer:
@@ -1522,7 +1528,7 @@ def main(argv: list[str] | None = None) -> None:
                 return torchrun.serve()
         run(args, torchrun, words, started)
         if torchrun:
-            list(torchrun.map(None))
+            torchrun.end()
     except KeyboardInterrupt:
         end(130, "interrupted")
     except ValueError as error:

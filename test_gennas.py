@@ -1522,8 +1522,9 @@ def test_torchrun_processes_share_a_list(monkeypatch):
     assert worked == [(0, 1), (1, 2), (1, 3)]
     with pytest.raises(ValueError, match="item 9"):
         list(first.map([9]))
-    list(first.map(None))
-    second.serve()  # finds all lists done, and ends
+    first.store.set("list 3", "null")
+    second.serve()  # finds two lists done, and ends
+    first.end()  # which has waited for it
 
 
 def test_a_worker_that_has_other_inputs(tmp_path):
