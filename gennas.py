@@ -2,16 +2,9 @@
 
 Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (NeurIPS 2021, arXiv 2108.01899).
 
-From top to bottom, in the order in which it runs: the signal bases; the task, which mix of signals the three stages of
-a network must reproduce; the images; the regression, whose loss is the score; regularized evolution, of architectures
-and of tasks; rank correlation. That is the method. Below the banner stands what it takes to run it: the authors' tasks,
-image files, the record of scores, workers, pictures, and the command line:
-
-    python gennas.py --space nb201                                  # search an architecture
-    python gennas.py --space nb201 --mode score ARCH [ARCH ...]     # score given ones
-    python gennas.py --space nb201 --mode correlate --labels FILE   # rank correlation with recorded accuracies
-    python gennas.py --space nb201 --mode search-task               # search a task, on labelled architectures
-    python gennas.py --space nb201 --mode show --plot FILE.png      # draw the task's signals
+In the order in which it runs: signal bases; the task, which mix of signals a network's three stages must reproduce;
+images; the regression, whose loss is the score; regularized evolution, of architectures and of tasks; rank correlation.
+That is the method. Below the banner stands what it takes to run it, as `python gennas.py --space nb201`, or --help.
 """
 from __future__ import annotations
 
@@ -19,10 +12,6 @@ import os
 import signal as os_signal
 import threading
 import time
-
-
-def end_at_once(*_: object) -> None:
-    os._exit(130)
 
 
 def end_with_parent() -> None:
@@ -35,9 +24,9 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
 
 
-# Before torch, which takes seconds to load:
+# Before torch, which takes seconds to load. The method begins below the imports.
 if __name__ == "__main__" and os_signal.getsignal(os_signal.SIGINT) != os_signal.SIG_IGN:
-    os_signal.signal(os_signal.SIGINT, end_at_once)
+    os_signal.signal(os_signal.SIGINT, os_signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 elif __name__ == "__mp_main__":
     end_with_parent()
 
@@ -46,7 +35,6 @@ import hashlib
 import itertools
 import json
 import math
-import pickle
 import pickletools
 import random
 import reprlib
@@ -56,7 +44,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
-from io import BytesIO
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
@@ -176,17 +163,18 @@ class Signal(Checked):
     """
     basis: str
     level: float
-    per_sample: bool | None = None
+    per_sample: bool | None = None  # None: a field that the basis does not have
     frequencies: tuple[float, ...] | None = None
     density: float | None = None
 
     def maps(self, shape: Shape, images: Tensor | None, *purpose: Any) -> Tensor:
         """Before the level, (B, C, H, W), or (1, C, H, W) if all images share them; from a generator that the basis and
         the purpose seed, so that no other signal matters."""
-        basis, names = BASES[self.basis]
-        values = {name: getattr(self, name) for name in names if name != "per_sample"} or {"images": images}
-        shape = (1, *shape[1:]) if self.per_sample is False else shape
-        return basis(torch.Generator().manual_seed(seed_of(*purpose, self.basis)), shape, **values)
+        rng = torch.Generator().manual_seed(seed_of(*purpose, self.basis))
+        if self.basis == "resize":
+            return resize(rng, shape, images)
+        draw, (own, _) = BASES[self.basis]
+        return draw(rng, shape if self.per_sample else (1, *shape[1:]), getattr(self, own))
 
 
 @dataclass(frozen=True)
@@ -219,7 +207,8 @@ class AnyTask(Checked):
 
     def digest(self) -> str:
         """What names the task in a record: equal tasks have equal digests, a level may be 1 or 1.0."""
-        return digest_of(json.dumps(json.loads(self.to_json(), parse_int=float)).encode())
+        numbers = dict.fromkeys(("parse_int", "parse_float"), lambda text: float(text) + 0.0)  # -0.0 is 0.0 too
+        return digest_of(json.dumps(json.loads(self.to_json(), **numbers)).encode())
 
 
 @dataclass(frozen=True)
@@ -283,8 +272,8 @@ def mutate_task(task: AnyTask, rng: random.Random) -> AnyTask:
         return new if rng.random() < 0.2 else old
 
     def pick_signals(old: tuple[Signal, ...], new: tuple[Signal, ...]) -> tuple[Signal, ...]:
-        by_basis = [{signal.basis: signal for signal in signals} for signals in (old, new)]
-        picked = [pick(*[signals.get(basis) for signals in by_basis]) for basis in BASES]
+        olds, news = ({signal.basis: signal for signal in signals} for signals in (old, new))
+        picked = [pick(olds.get(basis), news.get(basis)) for basis in BASES]
         return tuple(signal for signal in picked if signal)
 
     noise = pick(task.noise, other.noise)
@@ -318,7 +307,7 @@ def normalise(images: Tensor, statistics: Any = None) -> Tensor:
 
 def resized(images: Tensor, side: int) -> Tensor:
     """(B, 3, H, W) -> (B, 3, side, side): larger by nearest, smaller without aliasing."""
-    smaller = side < images.shape[2]
+    smaller = side < max(images.shape[2:])
     return F.interpolate(images, size=side, mode="bilinear" if smaller else "nearest", antialias=smaller)
 
 
@@ -361,8 +350,8 @@ class Heads(nn.Module):
     def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor]):
         super().__init__()
         self.body, self.size = body.eval(), targets[0].shape[2:]
-        with torch.no_grad():
-            widths = [tap.shape[1] for tap in body(images[:2])]  # one image's map of one pixel has no batch statistics
+        with torch.no_grad():  # of two images, for some batch norms use the batch's own statistics in eval() too
+            widths = [tap.shape[1] for tap in body(images[:2])]
         if len(widths) != len(targets):
             raise ValueError(f"expected {len(targets)} feature maps, one for each target, not {len(widths)}")
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
@@ -370,6 +359,11 @@ class Heads(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three (B, C, size, size)
         return [head(F.interpolate(tap, size=self.size)) for head, tap in zip(self.heads, self.body(images))]
+
+    def optimizer(self, settings: Settings, fused: bool) -> torch.optim.Optimizer:
+        matrices, vectors = ([p for p in self.parameters() if (p.ndim > 1) == big] for big in (True, False))
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors}]
+        return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=fused)
 
 
 class EncoderDecoder(nn.Module):
@@ -387,16 +381,9 @@ class EncoderDecoder(nn.Module):
     def forward(self, sequences: Tensor) -> list[Tensor]:  # (B, T, D) -> one (B, T, D)
         return [self.decoder(self.body(self.encoder(sequences)))]
 
-
-def sgd(network: nn.Module, settings: Settings, fused: bool) -> torch.optim.Optimizer:
-    matrices, vectors = ([p for p in network.parameters() if (p.ndim > 1) == big] for big in (True, False))
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors}]
-    return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=fused)
-
-
-def adam(network: nn.Module, settings: Settings, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.Adam(network.parameters(), settings.rnn_learning_rate, weight_decay=settings.rnn_weight_decay,
-                            fused=fused)
+    def optimizer(self, settings: Settings, fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), settings.rnn_learning_rate, weight_decay=settings.rnn_weight_decay,
+                                fused=fused)
 
 
 class Regression:
@@ -408,8 +395,6 @@ class Regression:
     global generators is put back. `images`: as `load_images` gives them, the first settings.batch are taken and made
     settings.side pixels wide; None for a recurrent task, whose input is a signal.
     """
-    KINDS: dict[type, tuple[Callable, Callable]] = {Task: (Heads, sgd), RnnTask: (EncoderDecoder, adam)}
-
     def __init__(self, task: AnyTask, images: Tensor | None, settings: Settings = PRESETS["paper"], seed: int = 0,
                  device: str | torch.device = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
@@ -419,7 +404,7 @@ class Regression:
         tensors = [x[:, 0] for x in drawn] if isinstance(task, RnnTask) else [images, *drawn]
         self.inputs, *self.targets = map(self.place, tensors)
         self.stage_weights = torch.tensor(settings.stage_weights[-len(self.targets):], device=self.device)
-        self.wrap, self.optimizer = self.KINDS[type(task)]
+        self.wrap = EncoderDecoder if isinstance(task, RnnTask) else Heads
 
     def place(self, x: Tensor) -> Tensor:
         return x.to(self.device, memory_format=torch.channels_last if x.ndim == 4 else torch.preserve_format)
@@ -432,14 +417,14 @@ class Regression:
             return torch.stack([F.mse_loss(output, target) for output, target in zip(outputs, self.targets)])
 
         with generators_kept(self.device):
-            torch.manual_seed(seed_of("weights", *purpose))
+            seed_generators(self.device, seed_of("weights", *purpose))
             body = space.build(arch)  # on the CPU: equal weights on all devices
             if self.settings.batch_statistics:
                 torch.func.replace_all_batch_norm_modules_(body)
             network = self.wrap(body, self.inputs.cpu(), self.targets)
             network = network.to(self.device, memory_format=torch.channels_last).train()
-            optimizer = self.optimizer(network, self.settings, fused=self.device.type != "mps")  # needs a newer torch
-            torch.manual_seed(seed_of("noise", *purpose))
+            optimizer = network.optimizer(self.settings, fused=self.device.type != "mps")  # there it needs a new torch
+            seed_generators(self.device, seed_of("noise", *purpose))
             losses = []  # stay on the device until the end: no step waits for it
             for _ in range(self.settings.steps):
                 loss = self.stage_weights @ stage_losses()
@@ -460,7 +445,7 @@ class Regression:
 
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    """Puts the state of the CPU's and of the device's global generator back, and touches no other."""
+    """Puts the state of the CPU's and of the device's global generator back."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         state = torch.mps.get_rng_state() if device.type == "mps" else None
         try:
@@ -468,6 +453,16 @@ def generators_kept(device: torch.device) -> Iterator[None]:
         finally:
             if state is not None:
                 torch.mps.set_rng_state(state)
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """These two and no other, as `torch.manual_seed` would."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 # ------------------------------------------------------------------------------------- regularized evolution (aging)
@@ -496,22 +491,25 @@ def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[
     return history
 
 
-TRIES = 300  # of a draw or a mutation, before limits count as out of reach
+TRIES = 300  # of a draw or a mutation for each that was within the limits, and at first
 
 
 def search(space: Any, evaluate: Callable[[list], list[float]], seed: int, limits: dict[str, int | None],
            **evolution: int) -> list[tuple[Any, float]]:
     """All (arch, loss) of a search of architectures (paper, 3.1), `evaluate` giving the losses of a list of them; among
-    those within `limits`, {"params": most, "flops": most} of the benchmark's own network. ValueError if TRIES draws are
-    not."""
+    those within `limits`, {"params": most, "flops": most} of the benchmark's own network. ValueError if few are."""
+    tried = found = 0
+
     def within_limits(draw: Callable) -> Callable:
-        def redraw(*words: Any) -> Any:
-            for _ in range(TRIES):
-                arch = draw(*words)
+        def redraw(*given: Any) -> Any:
+            nonlocal tried, found
+            while tried < TRIES * (1 + found):
+                arch, tried = draw(*given), tried + 1
                 counts = {name: getattr(space, name)(arch) for name, most in limits.items() if most}
                 if all(counts[name] <= limits[name] for name in counts):
+                    found += 1
                     return arch
-            raise ValueError(f"none of {TRIES} draws is within " + " and ".join(
+            raise ValueError(f"{found} of {tried} draws are within " + " and ".join(
                 f"--max-{name} {limits[name]:,} (the last has {counts[name]:,})" for name in counts))
         return redraw
 
@@ -519,10 +517,7 @@ def search(space: Any, evaluate: Callable[[list], list[float]], seed: int, limit
     return regularized_evolution(draw, mutate, evaluate, random.Random(seed), **evolution)
 
 
-FINALISTS = 10  # tasks of a task search that are judged by other seeds
-
-
-JUDGES = 2  # other seeds
+FINALISTS, JUDGES = 10, 2  # tasks of a task search that are judged by other seeds, and these seeds
 
 
 def search_task(draw: Callable, merits: Callable[[list[AnyTask], int], list[float]], seed: int = 0, **evolution: int,
@@ -606,7 +601,7 @@ def spearman_difference(a: Any, b: Any, values: Any) -> tuple[float, float, floa
 
 # ------------------------------------------------------------------------ tasks: what is expected of them, files, names
 def is_number(value: Any, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value <= high
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def are(kind: type | tuple[type, ...], value: Any) -> bool:
@@ -635,7 +630,7 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("input", "target"), ("a list of signals with per_sample true, each basis at most once",
                                           lambda v: are_mixed(v) and all(signal.per_sample for signal in v))),
 }
-KINDS = {"noise": Noise, "stages": Stage, "signals": Signal, "input": Signal, "target": Signal}  # what a field holds
+PARTS_OF = {"noise": Noise, "stages": Stage, "signals": Signal, "input": Signal, "target": Signal}  # what a field holds
 
 
 def check_fields(part: Any) -> None:
@@ -643,7 +638,7 @@ def check_fields(part: Any) -> None:
     for field in fields(part):
         value, (words, is_right) = getattr(part, field.name), EXPECTED[field.name]
         if field.default is None and field.name not in BASES[part.basis][1]:
-            words, is_right = f"no such field in a {part.basis}", lambda v: v is None
+            words, is_right = f"none in a {part.basis}", lambda v: v is None
         if not is_right(value):
             raise ValueError(f"{field.name}: expected {words}, not {reprlib.repr(value)}")
 
@@ -658,7 +653,7 @@ def part_from(data: Any, kind: type | None, where: str) -> Any:
     needed = {field.name for field in fields(kind) if field.default is not None}
     if not isinstance(data, dict) or not needed <= data.keys() <= set(names):
         raise ValueError(f"{where}: expected an object with {', '.join(names)}, not {reprlib.repr(data)}")
-    values = {name: part_from(value, KINDS.get(name), f"{where}.{name}") for name, value in data.items()}
+    values = {name: part_from(value, PARTS_OF.get(name), f"{where}.{name}") for name, value in data.items()}
     try:
         return kind(**values)
     except ValueError as error:
@@ -669,11 +664,13 @@ def task_from_json(text: str) -> AnyTask:
     """A Task or a RnnTask, as `to_json` writes it. ValueError names a field that is absent, unknown or out of range."""
     try:
         data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        if isinstance(data, list):
+            raise ValueError(f"task: expected an object, not {reprlib.repr(data)}")
+        return part_from(data, RnnTask if isinstance(data, dict) and "dimension" in data else Task, "task")
+    except json.JSONDecodeError as error:
         raise ValueError(f"task: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"task: expected an object, not {reprlib.repr(data)}")
-    return part_from(data, RnnTask if "dimension" in data else Task, "task")
+    except RecursionError:
+        raise ValueError("task: nested too deeply") from None
 
 
 def read_task(name: str) -> AnyTask:
@@ -750,7 +747,6 @@ STATISTICS = {3 * 32 * 32: CIFAR, 3 * 16 * 16: IMAGENET16}  # by the length of a
 PIXELS = "uint8", "float16", "float32", "float64"
 BATCHES = "data_batch_1", "train", "train_data_batch_1"  # the first training file of CIFAR-10, CIFAR-100, ImageNet16
 MOST_BYTES = 2 ** 30  # that a file may unpack to, and that the images in use may fill
-MOST_TUPLES = 10_000  # of a pickle: far below a depth at which hashing a nest of them exhausts the stack
 IMAGE_FILES = ("a CIFAR-10/100 or ImageNet16 python batch, its folder, or a .npy or .npz array (N, H, W, 3) or "
                "(N, 3, H, W), uint8 or float in [0, 1]")
 
@@ -766,6 +762,8 @@ def load_images(source: str, seed: int, count: int = 16) -> tuple[Tensor, str]:
         path = next((path / name for name in BATCHES if (path / name).is_file()), None)
         if path is None:
             raise ValueError(f"images {source}: the folder has none of {', '.join(BATCHES)}")
+    if path.stat() and not path.is_file():
+        raise ValueError(f"images {source}: not a regular file")
     try:
         array, statistics = read_array(path) if path.suffix in (".npy", ".npz") else read_batch(path)
         if len(array) < count or array[:count].nbytes > MOST_BYTES:
@@ -797,55 +795,30 @@ def read_array(path: Path) -> tuple[np.ndarray, None]:
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, Any]:
-    """The images of a pickled batch as (N, 3, H, W), and the statistics of their data set."""
-    content = path.read_bytes()
-    if sum(op.name.startswith("TUPLE") for op, _, _ in pickletools.genops(content)) > MOST_TUPLES:
-        raise ValueError(f"the pickle has more than {MOST_TUPLES:,} tuples")
-    batch = InertUnpickler(BytesIO(content), encoding="bytes").load()
-    rows = (batch[b"data"] if b"data" in batch else batch["data"]).rows()
-    if rows.shape[1] not in STATISTICS:
-        raise ValueError(f"rows of {rows.shape[1]} pixels")
-    side = math.isqrt(rows.shape[1] // 3)
-    return rows.reshape(-1, 3, side, side), STATISTICS[rows.shape[1]]
+    """The images of a pickled batch as (N, 3, H, W), and the statistics of their data set.
 
-
-class Inert:
-    """Stands for an object of numpy in a pickle: keeps what it is made of and given as its state, and does nothing."""
-
-    def __init__(self, *made_of: Any):
-        self.made_of, self.state = made_of, ()
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def rows(self) -> np.ndarray:
-        """The array (N, D) that this stands for, if it is a plain one of uint8."""
-        if self.state:
-            _, shape, dtype, fortran, data = self.state
-        else:  # protocol 5
-            data, dtype, shape, order = self.made_of
-            fortran = order != "C"
-        is_plain = dtype.made_of[0] in ("u1", b"u1") and dtype.state[2:] == (None, None, None, -1, -1, 0)
-        if not is_plain or fortran or type(data) not in (bytes, bytearray):
-            raise ValueError("the images are no plain array of uint8")
-        if not are(int, shape) or len(shape) != 2 or min(shape) < 1 or math.prod(shape) != len(data):
-            raise ValueError(f"{len(data)} pixels in the shape {reprlib.repr(shape)}")
-        return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-class InertUnpickler(pickle.Unpickler):
-    """Makes bytes, strings, numbers, lists, dicts, and stand-ins for arrays; a pickle that names more is refused."""
-    ADMITTED = {
-        **dict.fromkeys(("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
-                         "numpy.core.multiarray.scalar", "numpy.core.numeric._frombuffer"), Inert),
-        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        asked = f"{module}.{name}".replace("numpy._core", "numpy.core")
-        if asked not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"the pickle asks for {asked}")
-        return self.ADMITTED[asked]
+    Nothing is unpickled, so nothing in the file can run, or make an array of what is not there: its opcodes are listed,
+    and the longest string among their arguments is the pixels, if the others say that it is a plain uint8 array (N, D).
+    """
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES:,} bytes")
+    words: list[Any] = []
+    for op, word, _ in pickletools.genops(path.read_bytes()):
+        if word is not None and "PUT" not in op.name or op.name in ("NEWTRUE", "NEWFALSE"):
+            words.append(op.name == "NEWTRUE" if word is None else word)
+    texts = [word for word in words if isinstance(word, (str, bytes, bytearray))]
+    text = max(texts, key=len, default="")
+    pixels = text.encode("latin1") if isinstance(text, str) else text  # a str in protocols 0 to 2
+    at = next((at for at, word in enumerate(words) if word is text), 0)
+    flags = [word for word in words[:at] if isinstance(word, bool)]  # the last of them, or "F": in Fortran's order
+    for row, statistics in STATISTICS.items():
+        shape = len(pixels) // row, row
+        starts = [place for place, pair in enumerate(zip(words, words[1:])) if pair == shape and type(pair[0]) is int]
+        columns_first = flags[-1:] == [True] or any(words[place + 2:place + 3] == ["F"] for place in starts)
+        if starts and "u1" in texts and not columns_first and len(pixels) == math.prod(shape) > 0:
+            side = math.isqrt(row // 3)
+            return np.frombuffer(pixels, np.uint8).reshape(-1, 3, side, side), statistics
+    raise ValueError("no plain array of uint8, (N, 3072) or (N, 768)")
 
 
 # ------------------------------------------------------------------------------------------------ record and progress
@@ -886,7 +859,7 @@ class Record:
             raise ValueError(f"{path}: another run is writing to it; expected another --out file") from None
         self.file.seek(0)
         content, header = self.file.read(), {"settings": made_with}
-        if json.dumps(header).encode().startswith(content):  # new, or torn in its first line
+        if not content or len(content) > 20 and json.dumps(header).encode().startswith(content):  # new, or torn there
             self.file.truncate(0)
             self.write(header)
             return
@@ -914,7 +887,8 @@ class Record:
         try:
             score = Score(**json.loads(line))
             losses = [loss for loss in (score.loss, *score.curve) if loss is not None]
-            right = are(str, score[:2]) and all(is_number(x, -1e300, 1e300) for x in [score.seconds, *losses])
+            right = are(str, score[:2]) and isinstance(score.curve, list) and all(
+                is_number(x, -1e300, 1e300) for x in [score.seconds, *losses])
         except (RecursionError, TypeError, ValueError):
             right = False
         if not right:
@@ -949,8 +923,9 @@ class Progress:
         self.start, self.shown, self.open = time.monotonic(), -math.inf, False
         self.best: tuple[float, str] = (math.inf, "")
 
-    def show_best(self, score: Score) -> None:
-        self.best = min(self.best, (score.rank_by, score.arch))
+    def lead(self, loss: float, what: str) -> None:
+        """`what` is the best so far if its loss is the lowest."""
+        self.best = min(self.best, (loss, what))
 
     def leader(self) -> list[str]:
         return [f"best {show_loss(self.best[0])} {self.best[1]}"] if self.best[1] else []
@@ -969,6 +944,11 @@ class Progress:
         write_stderr((f"\r\x1b[K{line}" if terminal else line) + "\n" * (not self.open))
 
 
+def print_line(text: str) -> None:
+    with errors_naming("stdout"):
+        print(text, flush=True)
+
+
 def write_stderr(text: str) -> None:
     with suppress(OSError):  # a full disk under stderr ends no run
         sys.stderr.write(text)
@@ -985,7 +965,7 @@ def show_loss(loss: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------ networks trained, once each
-Item = tuple[dict, str, int, str]  # for a worker: what its trainer must be made with, a task, a seed, an architecture
+Item = tuple[str, int, str]  # what a worker is given: a task as JSON, a seed, an architecture as text
 Result = tuple[int, list[float], float]  # an item's place in its list, the losses of its Regression, seconds
 
 
@@ -1030,13 +1010,11 @@ class Trainer:
 
     def __call__(self, item: Item) -> tuple[list[float], float]:
         """Losses and seconds. ValueError, with the architecture, whatever goes wrong: a space may be anybody's code."""
-        made_with, task, seed, arch = item
+        task, seed, arch = item
         start = time.perf_counter()
         try:
-            if made_with != self.made_with:
-                raise ValueError("a worker has other images, another FILE.py or another kind of device than the first")
             losses = self.regression(task, seed)(self.space, self.space.parse(arch))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{arch}: {name}{error}") from error
         return losses, round(time.perf_counter() - start, 3)
@@ -1046,38 +1024,47 @@ class Trainer:
         return ((place, *self(item)) for place, item in enumerate(items))
 
 
-trainer_of = lru_cache(maxsize=1)(Trainer)  # of this process
-
-
-def attempt(words: tuple, item: Item) -> tuple[Any, str | None]:
-    """What the trainer gives, or what is wrong, which can be sent to another process."""
+def attempt(train: Callable[[Item], Any] | str, item: Item) -> tuple[Any, str | None]:
+    """What a trainer gives, or what is wrong, with the item or with all of them: it can be sent to another process."""
     try:
-        return trainer_of(*words)(item), None
-    except (OSError, ValueError) as error:
+        return (None, train) if isinstance(train, str) else (train(item), None)
+    except ValueError as error:
         return None, str(error)
+
+
+def make_trainer(words: tuple) -> Trainer | str:
+    """For `attempt`."""
+    try:
+        return Trainer(*words)
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def serve(pipe: connection.Connection, words: tuple) -> None:
     """What a worker process does: train what comes through the pipe, until that or its parent is gone."""
     os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
     end_with_parent()
+    trainer = make_trainer(words)
     with suppress(EOFError, OSError):
         while True:
-            pipe.send(attempt(words, pipe.recv()))
+            pipe.send(attempt(trainer, pipe.recv()))
 
 
 class Processes:
-    """Workers on this machine: spawned, each at the end of a pipe; whoever is free gets the next item."""
+    """Workers on this machine: spawned, each at the end of a pipe; whoever is free gets the next item. After an error
+    they have ended."""
 
     def __init__(self, count: int, words: tuple):
         context, self.workers = get_context("spawn"), {}
         handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # they inherit it: Ctrl-C is for this process
-        for rank in range(count):
-            pipe, theirs = context.Pipe()
-            self.workers[pipe] = context.Process(target=serve, args=(theirs, (*words, rank)), daemon=True)
-            self.workers[pipe].start()
-            theirs.close()
-        os_signal.signal(os_signal.SIGINT, handler)
+        try:
+            for rank in range(count):
+                pipe, theirs = context.Pipe()
+                self.workers[pipe] = context.Process(target=serve, args=(theirs, (*words, rank)), daemon=True)
+                self.workers[pipe].start()
+                theirs.close()
+        finally:
+            os_signal.signal(os_signal.SIGINT, handler)
 
     def map(self, items: list[Item]) -> Iterator[Result]:
         waiting, idle, busy = deque(enumerate(items)), deque(self.workers), {}
@@ -1094,53 +1081,64 @@ class Processes:
                     self.workers[pipe].join(1)
                     raise ChildProcessError(f"a worker died (exit status {self.workers[pipe].exitcode})") from None
                 if error:
+                    for worker in self.workers.values():
+                        worker.kill()
                     raise ValueError(error)
                 idle.append(pipe)
                 yield busy.pop(pipe), *result
 
 
 class Torchrun:
-    """The processes that torchrun has started, on one machine or several, at its store: each takes the next item of the
-    list that process 0 puts there. Process 0 decides and trains too, the others `serve`."""
+    """The processes that torchrun has started, on one machine or several, at its store. Process 0 puts items there and
+    trains too, the others `serve`; whoever is free takes the next. The keys of the store:
+
+    made with    what process 0 trains with; all others must have the same
+    item N       [place, item] of the N-th item of the run; null: there will be no more
+    drawn, done  how many items were taken, and how many have their result
+    result N     [place, losses and seconds, error] of the N-th that was done
+    """
 
     def __init__(self, words: tuple):
         store, self.rank, self.count = next(distributed.rendezvous("env://", timeout=timedelta(days=100)))
         self.store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # it outlives a restart
-        self.words, self.lists = (*words, int(os.environ["LOCAL_RANK"])), 0
+        self.trainer = make_trainer((*words, int(os.environ["LOCAL_RANK"])))
+        self.put, self.mine = 0, 0  # items that are there; the one that this process has drawn
 
     def map(self, items: list[Item]) -> Iterator[Result]:
-        self.lists += 1
-        self.store.set(f"list {self.lists}", json.dumps(items))
-        for number in range(1, len(items) + 1):
-            done = f"{self.lists} done {number}"
-            while not self.store.check([done]):
-                if not self.train_next(self.lists, items):
+        first, self.put = self.put + 1, self.put + len(items)
+        for place, item in enumerate(items):
+            self.store.set(f"item {first + place}", json.dumps([place, item]))
+        for number in range(first, self.put + 1):
+            while not self.store.check([f"result {number}"]):
+                self.mine = self.mine or self.store.add("drawn", 1)
+                if self.mine > self.put:  # it is of the next list
                     time.sleep(0.01)
-            place, result, error = json.loads(self.store.get(done))
+                else:
+                    self.train(json.loads(self.store.get(f"item {self.mine}")))
+            place, result, error = json.loads(self.store.get(f"result {number}"))
             if error:
                 raise ValueError(error)
             yield place, *result
 
-    def train_next(self, number: int, items: list[Item]) -> bool:
-        """Train the next item of a list and put its result there; False if none is left."""
-        place = self.store.add(f"{number} taken", 1) - 1
-        if place < len(items):
-            outcome = json.dumps([place, *attempt(self.words, items[place])])
-            self.store.set(f"{number} done {self.store.add(f'{number} done', 1)}", outcome)
-        return place < len(items)
+    def train(self, work: list) -> None:
+        place, item = work
+        outcome = json.dumps([place, *attempt(self.trainer, item)])
+        self.store.set(f"result {self.store.add('done', 1)}", outcome)
+        self.mine = 0
 
     def serve(self) -> None:
-        for number in itertools.count(1):
-            items = json.loads(self.store.get(f"list {number}"))  # waits for it
-            if items is None:
-                self.store.add("ended", 1)
-                return
-            while self.train_next(number, items):
-                pass
+        made_with = json.loads(self.store.get("made with"))
+        if not isinstance(self.trainer, str) and self.trainer.made_with != made_with:
+            self.trainer = (f"process {self.rank} has other images, another FILE.py or another kind of device than "
+                            "process 0")
+        while (work := json.loads(self.store.get(f"item {self.store.add('drawn', 1)}"))) is not None:  # waits for it
+            self.train(work)
+        self.store.add("ended", 1)
 
     def end(self) -> None:
         """Ends the others, and waits for that: the store may be this process's own."""
-        self.store.set(f"list {self.lists + 1}", "null")
+        for number in range(1, self.count + 1):
+            self.store.set(f"item {self.put + number}", "null")
         while self.store.add("ended", 0) < self.count - 1:
             time.sleep(0.01)
 
@@ -1153,18 +1151,19 @@ class Scorer:
 
     def __init__(self, trainer: Trainer, workers: Any = None, record: Record | None = None,
                  progress: Progress | None = None):
-        self.space, self.made_with, self.workers = trainer.space, trainer.made_with, workers or trainer
+        self.space, self.seed, self.workers = trainer.space, trainer.seed, workers or trainer
         self.record, self.progress = record or Record(), progress or Progress()
         self.scores: dict[str, Score] = {}  # those that were asked for, by key
 
-    def keys(self, task: AnyTask, archs: list[Any], seed: int = 0) -> list[str]:
-        """What names the scores of architectures under a task, by a seed, in the record."""
-        digest = task.digest()
-        return [f"{digest}/{seed} {self.space.key(arch)}" for arch in archs]
+    def keys(self, task: AnyTask, archs: list[Any], seed: int | None = None) -> list[str]:
+        """What names the scores of architectures under a task in the record; by default by the trainer's seed."""
+        start = f"{task.digest()}/{self.seed if seed is None else seed} "
+        return [start + self.space.key(arch) for arch in archs]
 
-    def __call__(self, tasks: list[AnyTask], archs: list[Any], seed: int = 0,
+    def __call__(self, tasks: list[AnyTask], archs: list[Any], seed: int | None = None,
                  receive: Callable[[Score], None] | None = None) -> list[list[float]]:
-        """`receive` is called with every score that enters `scores`; by default the progress shows the best."""
+        """`receive` is called with every score that enters `scores`; by default the best is noted for the progress."""
+        seed = self.seed if seed is None else seed
         keys = [self.keys(task, archs, seed) for task in tasks]
         counts = Counter(itertools.chain.from_iterable(keys))
         unknown = {key: (task, arch) for task, row in zip(tasks, keys) for key, arch in zip(row, archs)
@@ -1172,7 +1171,7 @@ class Scorer:
 
         def enter(score: Score, trained: bool) -> None:
             self.scores[score.key] = score
-            (receive or self.progress.show_best)(score)
+            (receive or self.lead)(score)
             for _ in range(counts[score.key]):
                 self.progress.advance(trained)
 
@@ -1180,12 +1179,15 @@ class Scorer:
             if key not in unknown:
                 enter(self.record.known[key], trained=False)
         names = list(unknown)
-        items = [(self.made_with, task.to_json(), seed, self.space.format(arch)) for task, arch in unknown.values()]
+        items = [(task.to_json(), seed, self.space.format(arch)) for task, arch in unknown.values()]
         for place, (*curve, loss), seconds in self.workers.map(items):
             score = Score(names[place], items[place][-1], finite(loss), seconds, [finite(x) for x in curve])
             self.record.add(score)
             enter(score, trained=True)
         return [[self.scores[key].rank_by for key in row] for row in keys]
+
+    def lead(self, score: Score) -> None:
+        self.progress.lead(score.rank_by, score.arch)
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -1213,15 +1215,15 @@ def new_plot(path: str, rows: int = 1, columns: int = 1, **options: Any) -> Iter
         figure.savefig(path, dpi=100)
 
 
-def plot_signals(parts: Parts, images: Tensor | None, seed: int, path: str, count: int = 4) -> None:
+def plot_signals(task: AnyTask, images: Tensor, seed: int, settings: Settings, path: str, count: int = 4) -> None:
     """Each signal of each part, and their sum: `count` maps of the first image, then of the second; maps of as many
     sequences where a part has only one map for each."""
     rows = []
-    for name, (signals, shape) in parts.items():
-        maps = [signal.maps(shape, images, name, seed).expand(shape) for signal in signals]
-        rows += [(f"{name}\n{signal.level} {signal.basis}", drawn) for signal, drawn in zip(signals, maps)]
-        weighted = (signal.level * drawn for signal, drawn in zip(signals, maps))
-        rows.append((f"{name}\nsum", sum(weighted, torch.zeros(shape))))
+    totals = task.draw(images, seed, settings.batch, settings.size)
+    for (name, (signals, shape)), total in zip(task.parts(settings.batch, settings.size).items(), totals):
+        rows += [(f"{name}\n{signal.level} {signal.basis}", signal.maps(shape, images, name, seed).expand(shape))
+                 for signal in signals]
+        rows.append((f"{name}\nsum", total))
     with new_plot(path, len(rows), 2 * count, figsize=(2 + 1.6 * count, len(rows))) as axes:
         for (label, maps), line in zip(rows, axes):
             most = maps.abs().max()
@@ -1247,18 +1249,14 @@ def plot_lines(path: str, title: str, *panels: tuple[str, str, dict[str, tuple[A
 
 
 # ------------------------------------------------------------------------------------------------------------- modes
-# Each prints its result and returns what --json tells. Its input read, it asks for a scorer for so many scores.
-Start = Callable[[int], Scorer]
-
-
-def run_search(start: Start, task: AnyTask, seed: int, limits: dict[str, int | None], evolution: dict[str, int],
+# Each prints its result and returns what --json adds to it.
+def run_search(scorer: Scorer, task: AnyTask, seed: int, limits: dict[str, int | None], evolution: dict[str, int],
                plot: str | None) -> dict[str, Any]:
-    scorer = start(evolution["population"] + evolution["cycles"])
     history = search(scorer.space, lambda archs: scorer([task], archs)[0], seed, limits, **evolution)
     arch, loss = min(history, key=lambda pair: pair[1])
     text, params = scorer.space.format(arch), scorer.space.params(arch)
-    print(f"{text}\nloss {show_loss(loss)}, {params:,} parameters; the best of {len(history)} evaluated architectures, "
-          f"{len(scorer.scores)} different networks")
+    print_line(f"{text}\nloss {show_loss(loss)}, {params:,} parameters; the best of {len(history)} evaluated "
+               f"architectures, {len(scorer.scores)} different networks")
     if plot:
         plot_search(history, "regression loss", plot)
     return {"arch": text, "loss": finite(loss), "params": params, "evaluated": len(history),
@@ -1271,20 +1269,19 @@ def plot_search(history: list[tuple[Any, float]], name: str, path: str) -> None:
         "candidate": (numbers, losses, "."), "best so far": (numbers, np.minimum.accumulate(losses), "-")}))
 
 
-def run_score(start: Start, task: AnyTask, archs: list[Any], plot: str | None) -> dict[str, Any]:
-    scorer = start(len(archs))
+def run_score(scorer: Scorer, task: AnyTask, archs: list[Any], plot: str | None) -> dict[str, Any]:
     keys, results = scorer.keys(task, archs), []
 
     def print_known(score: Score) -> None:
         """In the order in which they were asked for."""
-        scorer.progress.show_best(score)
+        scorer.lead(score)
         while len(results) < len(keys) and keys[len(results)] in scorer.scores:
             arch, known = archs[len(results)], scorer.scores[keys[len(results)]]
             params, text = scorer.space.params(arch), scorer.space.format(arch)
             results.append({"arch": text, "loss": known.loss, "params": params, "seconds": known.seconds})
-            print(f"{show_loss(known.rank_by):>9} {params:>12,} {known.seconds:>8.2f}  {text}", flush=True)
+            print_line(f"{show_loss(known.rank_by):>9} {params:>12,} {known.seconds:>8.2f}  {text}")
 
-    print(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
+    print_line(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
     scorer([task], archs, receive=print_known)
     if plot:
         plot_lines(plot, "", ("training step", "squared error, weighted over the stages", {
@@ -1293,8 +1290,7 @@ def run_score(start: Start, task: AnyTask, archs: list[Any], plot: str | None) -
     return {"results": results}
 
 
-def run_correlate(start: Start, task: AnyTask, labels: list[tuple[Any, float]], plot: str | None) -> dict[str, Any]:
-    scorer = start(len(labels))
+def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]], plot: str | None) -> dict[str, Any]:
     archs, values = zip(*labels)
     losses, = scorer([task], archs)
     merits = [-loss for loss in losses]
@@ -1303,8 +1299,8 @@ def run_correlate(start: Start, task: AnyTask, labels: list[tuple[Any, float]], 
     seconds = float(np.mean([scorer.scores[key].seconds for key in scorer.keys(task, archs)]))
     interval = f"[{low:.3f}, {high:.3f}]" if len(labels) >= LEAST else f"(no interval below {LEAST} architectures)"
     summary = f"spearman {rho:.3f} {interval}, kendall {tau:.3f}, {len(labels)} architectures"
-    print(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}; diverged: {losses.count(math.inf)}; "
-          f"{seconds:.2f} s a network")
+    print_line(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}; diverged: {losses.count(math.inf)}; "
+               f"{seconds:.2f} s a network")
     if plot:  # as they are, and by rank, which is what Spearman's rho compares
         plot_lines(plot, summary, ("regression loss", "recorded value", {"": (losses, values, ".")}),
                    ("rank by regression loss (1: lowest)", "rank by recorded value (1: lowest)",
@@ -1313,36 +1309,32 @@ def run_correlate(start: Start, task: AnyTask, labels: list[tuple[Any, float]], 
             "kendall": finite(tau), "spearman_params": finite(by_params), "seconds_per_arch": seconds}
 
 
-def run_search_task(start: Start, kind: type[AnyTask], first: AnyTask | None, labels: list[tuple[Any, float]],
-                    limit: int | None, seed: int, evolution: dict[str, int], plot: str | None) -> dict[str, Any]:
-    """On the first `limit` labels; rho on the others, if they are three or more, tells whether what was found is good
-    for more than these. With a `first` task, the first population is this and mutants of it."""
-    limit = len(labels[:limit])
-    held_out = len(labels) - limit if len(labels) - limit >= 3 else 0
-    candidates = evolution["population"] + evolution["cycles"]
-    scorer = start((candidates + JUDGES * min(FINALISTS, candidates)) * limit + held_out)
+def run_search_task(scorer: Scorer, kind: type[AnyTask], first: AnyTask | None, labels: list[tuple[Any, float]],
+                    limit: int, seed: int, evolution: dict[str, int], plot: str | None) -> dict[str, Any]:
+    """On the first `limit` labels; rho on the others tells whether what was found is good for more than these. With a
+    `first` task, the first population is this and mutants of it."""
     draws = iter([first])
 
     def draw(rng: random.Random) -> AnyTask:
-        return next(draws, None) or mutate_task(first, rng) if first else random_task(rng, kind)
+        return (next(draws, None) or mutate_task(first, rng)) if first else random_task(rng, kind)
 
-    def merits(tasks: list[AnyTask], by_seed: int, chosen: slice = slice(limit)) -> list[float]:
+    def merits(tasks: list[AnyTask], by_seed: int, held_out: bool = False) -> list[float]:
         """Of each task its rho; where that is undefined it counts as 0."""
-        archs, values = zip(*labels[chosen])
+        archs, values = zip(*labels[limit:] if held_out else labels[:limit])
         rows = scorer(tasks, archs, by_seed, receive=lambda score: None)
         rhos = [finite(spearman([-loss for loss in row], values)) or 0.0 for row in rows]
-        if by_seed == seed:
-            led = zip([-rho for rho in rhos], [task.to_json() for task in tasks])
-            scorer.progress.best = min(scorer.progress.best, *led)
+        if by_seed == seed and not held_out:
+            for task, rho in zip(tasks, rhos):
+                scorer.progress.lead(-rho, task.to_json())
         return rhos
 
     task, merit, judged, history = search_task(draw, merits, seed, **evolution)
     result = {"task": json.loads(task.to_json()), "n": limit, "spearman": merit, "spearman_other_seeds": judged}
     summary = f"spearman {merit:.3f} on the {limit} labels of the search, {judged:.3f} by other seeds"
-    if held_out:
-        result |= {"n_held_out": held_out, "spearman_held_out": merits([task], seed, slice(limit, None))[0]}
-        summary += f", {result['spearman_held_out']:.3f} on {held_out} others"
-    print(task.to_json())
+    if others := len(labels) - limit:
+        result |= {"n_held_out": others, "spearman_held_out": merits([task], seed, held_out=True)[0]}
+        summary += f", {result['spearman_held_out']:.3f} on {others} others"
+    print_line(task.to_json())
     if not scorer.progress.quiet:
         write_stderr(f"gennas: {summary}; the best of {len(history)} evaluated tasks\n")
     if plot:
@@ -1351,10 +1343,10 @@ def run_search_task(start: Start, kind: type[AnyTask], first: AnyTask | None, la
 
 
 def run_show(trainer: Trainer, task: AnyTask, plot: str | None) -> dict[str, Any]:
-    print(task.to_json())
+    print_line(task.to_json())
     if plot:
-        settings, inputs = trainer.settings, trainer.regression(task.to_json(), trainer.seed).inputs
-        plot_signals(task.parts(settings.batch, settings.size), inputs.cpu(), trainer.seed, plot)
+        inputs = trainer.regression(task.to_json(), trainer.seed).inputs
+        plot_signals(task, inputs.cpu(), trainer.seed, trainer.settings, plot)
     return {"plot": plot}
 
 
@@ -1377,11 +1369,6 @@ def fail(status: int, message: str) -> Any:
     sys.exit(status)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        fail(2, f"error: {message}")
-
-
 def whole(low: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
         if not text.isdecimal() or len(text) > 18 or int(text) < low:
@@ -1391,7 +1378,9 @@ def whole(low: int) -> Callable[[str], int]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description="Score and search neural architectures by regression of synthetic signals.")
+    parser = argparse.ArgumentParser(
+        description="Score and search neural architectures by regression of synthetic signals.")
+    parser.error = lambda message: fail(2, f"error: {message}")
     option, number = parser.add_argument, {"type": whole(1), "metavar": "N"}
     option("arch", nargs="*", metavar="ARCH", help="to score, in their benchmark's spelling; - reads stdin, one a line")
     option("--space", required=True, metavar="NAME", help=f"{', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
@@ -1426,13 +1415,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def load_labels(args: argparse.Namespace, space: Any) -> list[tuple[Any, float]]:
     """All labels of the file, or those of the space itself; ValueError unless --limit leaves three or more."""
-    labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
+    if args.labels is not None:
+        labels = search_spaces.load_labels(space, args.labels)
+    else:
+        labels = getattr(space, "labels", None)
     if labels is None:
         raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
-    try:
-        labels = [(arch, float(value)) for arch, value in labels]
-    except (TypeError, ValueError):
-        raise ValueError(f"labels of {args.space}: expected [(arch, number)]") from None
+    if not all(isinstance(pair, tuple) and search_spaces.is_finite(pair[-1]) for pair in labels):
+        raise ValueError(f"labels of {args.space}: expected [(arch, number)]")
     if len(labels[:args.limit]) < 3:
         raise ValueError(f"--mode {args.mode}: expected at least 3 architectures, not {len(labels[:args.limit])}")
     return labels
@@ -1441,17 +1431,17 @@ def load_labels(args: argparse.Namespace, space: Any) -> list[tuple[Any, float]]
 def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, started: list[Scorer]) -> None:
     """The mode, from its input to its result. Its scorer enters `started` before the first network is trained."""
     clock = time.perf_counter()
-    if args.plot:
+    if args.plot is not None:
         check_plot(args.plot)
     if torchrun and args.workers:
         raise ValueError("--workers is for one machine without torchrun; expected torchrun --nproc-per-node N")
-    options = {"population": args.population, "cycles": args.cycles}
-    for name, default in (("tournament", 10), ("batch", 1 if args.preset == "paper" else 8)):
-        options[name] = getattr(args, name) or min(default, args.population)
-        if options[name] > args.population:
-            raise ValueError(f"--{name} {options[name]}: expected at most the population, {args.population}")
-    trainer = trainer_of(*(torchrun.words if torchrun else words))
-    name = args.task or trainer.task_name
+    evolution = {"population": args.population, "cycles": args.cycles}
+    for option, default in (("tournament", 10), ("batch", 1 if args.preset == "paper" else 8)):
+        evolution[option] = getattr(args, option) or min(default, args.population)
+        if evolution[option] > args.population:
+            raise ValueError(f"--{option} {evolution[option]}: expected at most the population, {args.population}")
+    trainer = torchrun.trainer if torchrun else Trainer(*words)
+    name = trainer.task_name if args.task is None else args.task
     task = read_task(name)
     if (trainer.images is None) != isinstance(task, RnnTask):
         raise ValueError(f"task {name} is not for {args.space}; expected one like {trainer.task_name}")
@@ -1465,37 +1455,42 @@ def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, start
             write_stderr(f"gennas: {args.mode} {args.space}, {about}{trainer.settings.steps} steps, images "
                          f"{trainer.images_name}, on {trainer.device.type}\n")
         if trainer.device.type == "cpu":  # a worker keeps a core or a GPU busy
-            busy = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            useful = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         else:
-            busy = torch.cuda.device_count() if args.device in (None, "cuda") else 1
-        count = min(args.workers or busy, total)
+            useful = torch.cuda.device_count() if args.device in (None, "cuda") else 1
+        count = min(args.workers or useful, total)
         workers = torchrun or (Processes(count, words) if count > 1 else trainer)
         started.append(Scorer(trainer, workers, record, Progress(total, args.quiet)))
         return started[0]
 
+    candidates = args.population + args.cycles
     match args.mode:
         case "search":
             limits = {"params": args.max_params, "flops": args.max_flops}
             if args.max_flops and not getattr(trainer.space, "flops", None):
                 raise ValueError(f"--max-flops: {args.space} does not count operations; expected --max-params")
-            result = run_search(start, task, args.seed, limits, options, args.plot)
+            result = run_search(start(candidates), task, args.seed, limits, evolution, args.plot)
         case "search-task":
-            labels, first = load_labels(args, trainer.space), task if args.task else None
-            result = run_search_task(start, type(task), first, labels, args.limit, args.seed, options, args.plot)
+            labels = load_labels(args, trainer.space)
+            limit = len(labels[:args.limit])
+            labels = labels if len(labels) - limit >= 3 else labels[:limit]  # two others tell nothing
+            scorer = start((candidates + JUDGES * min(FINALISTS, candidates)) * limit + len(labels) - limit)
+            first = task if args.task else None
+            result = run_search_task(scorer, type(task), first, labels, limit, args.seed, evolution, args.plot)
         case "correlate":
-            result = run_correlate(start, task, load_labels(args, trainer.space)[:args.limit], args.plot)
+            labels = load_labels(args, trainer.space)[:args.limit]
+            result = run_correlate(start(len(labels)), task, labels, args.plot)
         case "score":
             texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
             archs = [trainer.space.parse(text) for text in texts if text.strip()]
             if not archs:
                 raise ValueError("--mode score needs ARCH [ARCH ...]; expected some, or - and one a line on stdin")
-            result = run_score(start, task, archs, args.plot)
+            result = run_score(start(len(archs)), task, archs, args.plot)
         case "show":
             result = run_show(trainer, task, args.plot)
     if args.json:
         about = {"mode": args.mode, "space": args.space, "task": name, "preset": args.preset}
-        print(json.dumps(about | result | {"seconds": round(time.perf_counter() - clock, 3)}))
-    sys.stdout.flush()
+        print_line(json.dumps(about | result | {"seconds": round(time.perf_counter() - clock, 3)}))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1526,6 +1521,9 @@ def main(argv: list[str] | None = None) -> None:
             torchrun = Torchrun(words)
             if torchrun.rank:
                 return torchrun.serve()
+            if isinstance(torchrun.trainer, str):
+                raise ValueError(torchrun.trainer)
+            torchrun.store.set("made with", json.dumps(torchrun.trainer.made_with))
         run(args, torchrun, words, started)
         if torchrun:
             torchrun.end()
@@ -1533,14 +1531,14 @@ def main(argv: list[str] | None = None) -> None:
         end(130, "interrupted")
     except ValueError as error:
         end(2, f"error: {error}")
-    except (ChildProcessError, distributed.DistError) as error:
+    except (ChildProcessError, getattr(distributed, "DistError", ChildProcessError)) as error:
         end(1, f"error: {error}")
     except OSError as error:
-        if not error.filename:  # stdout: what it still holds would fail once more when Python ends
+        if error.filename == "stdout":  # what it still holds would fail once more when Python ends
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        end(1 if started else 2, f"error: {error.filename or 'stdout'}: {error.strerror or error}")
-    except Exception as error:
+        end(1 if started else 2, f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}")
+    except (Exception, SystemExit) as error:
         if args.space in search_spaces.SPACES:
             raise
         end(2, f"error: {args.space}: {type(error).__name__}: {error}")  # its methods can raise anything
@@ -1552,7 +1550,7 @@ ENDINGS = [getattr(os_signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") 
 def interrupt(*_: Any) -> None:
     """A signal that ends a run ends it in order, with what it has; one more ends it at once."""
     for number in ENDINGS:
-        os_signal.signal(number, end_at_once)
+        os_signal.signal(number, os_signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
@@ -1560,4 +1558,8 @@ if __name__ == "__main__":
     for number in ENDINGS:
         if os_signal.getsignal(number) != os_signal.SIG_IGN:  # as nohup sets it
             os_signal.signal(number, interrupt)
-    main()
+    try:
+        main()
+    finally:
+        for number in ENDINGS:
+            os_signal.signal(number, os_signal.SIG_DFL)  # there is nothing left to say
