@@ -443,28 +443,6 @@ class Regression:
         return (drawn.uniform_(-1, 1) if noise.kind == "uniform" else drawn.normal_()).mul_(noise.level)
 
 
-@contextmanager
-def generators_kept(device: torch.device) -> Iterator[None]:
-    """Puts the state of the CPU's and of the device's global generator back."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        state = torch.mps.get_rng_state() if device.type == "mps" else None
-        try:
-            yield
-        finally:
-            if state is not None:
-                torch.mps.set_rng_state(state)
-
-
-def seed_generators(device: torch.device, seed: int) -> None:
-    """These two and no other, as `torch.manual_seed` would."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
 # ------------------------------------------------------------------------------------- regularized evolution (aging)
 def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[list], list[float]], rng: random.Random,
                           population: int = 50, tournament: int = 10, cycles: int = 400, batch: int = 1,
@@ -491,29 +469,11 @@ def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[
     return history
 
 
-TRIES = 300  # of a draw or a mutation for each that was within the limits, and at first
-
-
 def search(space: Any, evaluate: Callable[[list], list[float]], seed: int, limits: dict[str, int | None],
            **evolution: int) -> list[tuple[Any, float]]:
     """All (arch, loss) of a search of architectures (paper, 3.1), `evaluate` giving the losses of a list of them; among
     those within `limits`, {"params": most, "flops": most} of the benchmark's own network. ValueError if few are."""
-    tried = found = 0
-
-    def within_limits(draw: Callable) -> Callable:
-        def redraw(*given: Any) -> Any:
-            nonlocal tried, found
-            while tried < TRIES * (1 + found):
-                arch, tried = draw(*given), tried + 1
-                counts = {name: getattr(space, name)(arch) for name, most in limits.items() if most}
-                if all(counts[name] <= limits[name] for name in counts):
-                    found += 1
-                    return arch
-            raise ValueError(f"{found} of {tried} draws are within " + " and ".join(
-                f"--max-{name} {limits[name]:,} (the last has {counts[name]:,})" for name in counts))
-        return redraw
-
-    draw, mutate = within_limits(space.random), within_limits(space.mutate)
+    draw, mutate = within_limits((space.random, space.mutate), space, limits)
     return regularized_evolution(draw, mutate, evaluate, random.Random(seed), **evolution)
 
 
@@ -965,6 +925,51 @@ def show_loss(loss: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------ networks trained, once each
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Puts the state of the CPU's and of the device's global generator back."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        state = torch.mps.get_rng_state() if device.type == "mps" else None
+        try:
+            yield
+        finally:
+            if state is not None:
+                torch.mps.set_rng_state(state)
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """These two and no other, as `torch.manual_seed` would."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+TRIES = 300  # of a draw or a mutation for each that was within the limits, and at first
+
+
+def within_limits(draws: Iterable[Callable], space: Any, limits: dict[str, int | None]) -> list[Callable]:
+    """The same draws, each repeated until what it gives is within the limits; ValueError if hardly any of them is."""
+    tried = found = 0
+
+    def limited(draw: Callable) -> Callable:
+        def redraw(*given: Any) -> Any:
+            nonlocal tried, found
+            while tried < TRIES * (1 + found):
+                arch, tried = draw(*given), tried + 1
+                counts = {name: getattr(space, name)(arch) for name, most in limits.items() if most}
+                if all(counts[name] <= limits[name] for name in counts):
+                    found += 1
+                    return arch
+            raise ValueError(f"{found} of {tried} draws are within " + " and ".join(
+                f"--max-{name} {limits[name]:,} (the last has {counts[name]:,})" for name in counts))
+        return redraw
+
+    return [limited(draw) for draw in draws]
+
+
 Item = tuple[str, int, str]  # what a worker is given: a task as JSON, a seed, an architecture as text
 Result = tuple[int, list[float], float]  # an item's place in its list, the losses of its Regression, seconds
 
@@ -1169,7 +1174,7 @@ class Scorer:
         unknown = {key: (task, arch) for task, row in zip(tasks, keys) for key, arch in zip(row, archs)
                    if key not in self.record.known}
 
-        def enter(score: Score, trained: bool) -> None:
+        def keep(score: Score, trained: bool) -> None:
             self.scores[score.key] = score
             (receive or self.lead)(score)
             for _ in range(counts[score.key]):
@@ -1177,13 +1182,13 @@ class Scorer:
 
         for key in counts:
             if key not in unknown:
-                enter(self.record.known[key], trained=False)
+                keep(self.record.known[key], trained=False)
         names = list(unknown)
         items = [(task.to_json(), seed, self.space.format(arch)) for task, arch in unknown.values()]
         for place, (*curve, loss), seconds in self.workers.map(items):
             score = Score(names[place], items[place][-1], finite(loss), seconds, [finite(x) for x in curve])
             self.record.add(score)
-            enter(score, trained=True)
+            keep(score, trained=True)
         return [[self.scores[key].rank_by for key in row] for row in keys]
 
     def lead(self, score: Score) -> None:
@@ -1489,8 +1494,9 @@ def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, start
         case "show":
             result = run_show(trainer, task, args.plot)
     if args.json:
-        about = {"mode": args.mode, "space": args.space, "task": name, "preset": args.preset}
-        print_line(json.dumps(about | result | {"seconds": round(time.perf_counter() - clock, 3)}))
+        about = {"mode": args.mode, "space": args.space, "task": name, **result, "preset": args.preset}
+        seconds = round(time.perf_counter() - clock, 3)
+        print_line(json.dumps(about | {"images": trainer.images_name, "seconds": seconds}))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import random
 import re
 import shlex
 import shutil
-import signal
+import signal as os_signal
 import socket
 import subprocess
 import sys
@@ -1421,7 +1421,7 @@ def undisturbed(tmp_path_factory) -> tuple[dict, dict]:
 
 @on_linux
 @pytest.mark.parametrize("victim, number, status", [
-    ("main", signal.SIGKILL, -signal.SIGKILL), ("main", signal.SIGHUP, 130), ("worker", signal.SIGKILL, 1)])
+    ("main", os_signal.SIGKILL, -os_signal.SIGKILL), ("main", os_signal.SIGHUP, 130), ("worker", os_signal.SIGKILL, 1)])
 def test_search_resumes_after_kill(tmp_path, undisturbed, victim, number, status):
     """A run of which a process is killed in its middle, or that is told to end, leaves no process; continued by the
     same command it ends as the undisturbed one."""
@@ -1494,7 +1494,7 @@ def test_torchrun_restarts_dead_workers(tmp_path, undisturbed):
         cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert wait_for(lambda: has_scores(out))
     listed = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    os.kill(int(listed[-1]), signal.SIGKILL)
+    os.kill(int(listed[-1]), os_signal.SIGKILL)
     stdout, stderr = launcher.communicate(timeout=120)
     assert launcher.returncode == 0, stderr
     assert timeless(last_json(stdout)) == undisturbed[0] and recorded(out) == undisturbed[1]
@@ -1660,11 +1660,12 @@ def test_recurrent_command_line(run, monkeypatch):
     monkeypatch.setitem(search_spaces.SPACES, "nbnlp", lambda **sizes: NBNLP((6, 8, 6), **sizes))
     base = ["--space", "nbnlp", "--json"]
     result = last_json(run(*base, "--population", 3, "--tournament", 2, "--cycles", 3)[1])
-    assert NBNLP().params(NBNLP().parse(result["arch"])) == result["params"] and result["task"] == "nlp"
-    for words, said in ((["--task", "combo"], "expected one like nlp"), (["--max-flops", "9"], "does not count"),
+    assert NBNLP().params(NBNLP().parse(result["arch"])) == result["params"]
+    assert result["task"] == "nlp" and result["images"] == "none"
+    for words, wanted in ((["--task", "combo"], "expected one like nlp"), (["--max-flops", "9"], "does not count"),
                         (["--images", "x.npy"], "its input is a signal")):
         status, _, stderr = run(*base, *words)
-        assert status == 2 and said in stderr
+        assert status == 2 and wanted in stderr
 
 
 def test_score(run, tmp_path, monkeypatch):
@@ -1791,14 +1792,14 @@ WRONG = [  # words of the command line, what the message must say
 ]
 
 
-@pytest.mark.parametrize("words, said", [(words, said) for words, *said in WRONG], ids=lambda value: str(value)[:40])
-def test_errors_are_one_line_and_exit_2(run, wrong_files, monkeypatch, words, said):
+@pytest.mark.parametrize("words, wanted", [(words, wanted) for words, *wanted in WRONG], ids=lambda v: str(v)[:40])
+def test_errors_are_one_line_and_exit_2(run, wrong_files, monkeypatch, words, wanted):
     if "--plot" in words:
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(wrong_files)
     status, stdout, stderr = run(*shlex.split(words))
     assert status == 2 and stdout == "" and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
-    assert len(stderr) < 450 and all(text in stderr for text in said), stderr
+    assert len(stderr) < 450 and all(text in stderr for text in wanted), stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -1832,29 +1833,29 @@ def test_ctrl_c_at_any_time_and_twice(delay):
     """While torch is loaded, and in a run."""
     process = start_process("--space", "nb201", "--workers", 1)
     time.sleep(delay)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(os_signal.SIGINT)
     time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(os_signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
     # a signal that comes while Python ends is the system's to handle: 130 in a shell too
-    assert process.returncode in (130, -signal.SIGINT) and stdout == "" and "Traceback" not in stderr, stderr
+    assert process.returncode in (130, -os_signal.SIGINT) and stdout == "" and "Traceback" not in stderr, stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
-@pytest.mark.parametrize("redirection, status, said", [
+@pytest.mark.parametrize("redirection, status, wanted", [
     ("> /dev/full", 1, "gennas: error: stdout: No space left on device; 13 networks are scored"),
     ("2> /dev/full", 0, ""), ("< /dev/null >&-", 0, ""), ("2>&-", 0, ""), ("<&-", 0, ""),
     ("<&- >&- 2>&- --out out.jsonl", 0, ""), ("--mode score - <&-", 2, "needs ARCH"),
     (f"--mode score '{RICH}' '{DEAD}' | head -n 1", 1, "gennas: error: stdout: Broken pipe")])
-def test_streams_that_cannot_be_written_or_read(tmp_path, redirection, status, said):
+def test_streams_that_cannot_be_written_or_read(tmp_path, redirection, status, wanted):
     """Of a buffered stdout, as it is without PYTHONUNBUFFERED."""
     words = " ".join(map(str, SEARCH)) if "--mode" not in redirection else "--space nb201 --steps 1"
     command = f"{shlex.quote(sys.executable)} {HERE / 'gennas.py'} {words} --workers 1 --quiet {redirection}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.run(["bash", "-c", command + "; exit ${PIPESTATUS[0]}"], cwd=tmp_path, env=environment,
                              capture_output=True, text=True)
-    assert process.returncode == status and said in process.stderr, process.stderr
-    assert process.stderr.count("\n") == bool(said)
+    assert process.returncode == status and wanted in process.stderr, process.stderr
+    assert process.stderr.count("\n") == bool(wanted)
     if "--out" in redirection:  # no stream has written into it
         assert len(recorded(tmp_path / "out.jsonl")) == 13
 
@@ -1937,7 +1938,7 @@ def test_readme_space(tmp_path):
     assert status == 2 and "expected 3 feature maps" in stderr and stderr.count("\n") == 1, stderr
 
 
-@pytest.mark.parametrize("right, wrong, said", [
+@pytest.mark.parametrize("right, wrong, wanted", [
     ("def mutate", "def change", ["has no mutate"]), ("class Plain", "class Fancy", ["no attribute 'Plain'"]),
     ("class Plain:", "class Plain:\n    task = 'guess'", ["unknown task 'guess'", "combo"]),
     ("enumerate(arch)", "enumerate(arch[:1])", ["expected 3 feature maps, one for each target, not 2"]),
@@ -1948,11 +1949,11 @@ def test_readme_space(tmp_path):
     ("return sum(p", "raise OSError('no such thing')\n        return sum(p", ["no such thing"]),
     ("i = rng.randrange(3)", "raise ValueError('no neighbour')", ["no neighbour; ", " networks are scored; best "]),
 ])
-def test_own_space_with_a_mistake(run, tmp_path, right, wrong, said):
+def test_own_space_with_a_mistake(run, tmp_path, right, wrong, wanted):
     (tmp_path / "mine.py").write_text(plain_space().replace(right, wrong))
     status, stdout, stderr = run("--space", f"{tmp_path / 'mine.py'}:Plain", "--population", 8, "--quiet")
     assert status in (1, 2) and stderr.count("\n") == 1 and "stdout" not in stderr, stderr
-    assert all(words in stderr for words in said), stderr
+    assert all(words in stderr for words in wanted), stderr
 
 
 def test_own_space_with_maps_of_one_pixel_and_its_file_in_the_record(run, tmp_path):
