@@ -1828,7 +1828,7 @@ def test_interrupt_says_what_is_known(run, monkeypatch):
     assert status == 130 and "interrupted; 2 networks are scored; best " in stderr
 
 
-@pytest.mark.parametrize("delay", [0.3, 0.6, 1.2, 5])
+@pytest.mark.parametrize("delay", [0.3, 0.9, 3])
 def test_ctrl_c_at_any_time_and_twice(delay):
     """While torch is loaded, and in a run."""
     process = start_process("--space", "nb201", "--workers", 1)
@@ -1843,13 +1843,13 @@ def test_ctrl_c_at_any_time_and_twice(delay):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 @pytest.mark.parametrize("redirection, status, wanted", [
-    ("> /dev/full", 1, "gennas: error: stdout: No space left on device; 13 networks are scored"),
+    ("> /dev/full", 1, "gennas: error: stdout: No space left on device; 3 networks are scored"),
     ("2> /dev/full", 0, ""), ("< /dev/null >&-", 0, ""), ("2>&-", 0, ""), ("<&-", 0, ""),
     ("<&- >&- 2>&- --out out.jsonl", 0, ""), ("--mode score - <&-", 2, "needs ARCH"),
     (f"--mode score '{RICH}' '{DEAD}' | head -n 1", 1, "gennas: error: stdout: Broken pipe")])
 def test_streams_that_cannot_be_written_or_read(tmp_path, redirection, status, wanted):
     """Of a buffered stdout, as it is without PYTHONUNBUFFERED."""
-    words = " ".join(map(str, SEARCH)) if "--mode" not in redirection else "--space nb201 --steps 1"
+    words = "--space nb201 --steps 1" + " --population 3 --cycles 0" * ("--mode" not in redirection)
     command = f"{shlex.quote(sys.executable)} {HERE / 'gennas.py'} {words} --workers 1 --quiet {redirection}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.run(["bash", "-c", command + "; exit ${PIPESTATUS[0]}"], cwd=tmp_path, env=environment,
@@ -1857,7 +1857,7 @@ def test_streams_that_cannot_be_written_or_read(tmp_path, redirection, status, w
     assert process.returncode == status and wanted in process.stderr, process.stderr
     assert process.stderr.count("\n") == bool(wanted)
     if "--out" in redirection:  # no stream has written into it
-        assert len(recorded(tmp_path / "out.jsonl")) == 13
+        assert len(recorded(tmp_path / "out.jsonl")) == 3
 
 
 def test_importing_does_nothing():
