@@ -947,24 +947,26 @@ def seed_generators(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-TRIES = 300  # of a draw or a mutation for each that was within the limits, and at first
+TRIES = 50, 300  # draws for each that is within the limits: while all are beyond ten times a limit, and after that
 
 
 def within_limits(draws: Iterable[Callable], space: Any, limits: dict[str, int | None]) -> list[Callable]:
     """The same draws, each repeated until what it gives is within the limits; ValueError if hardly any of them is."""
-    tried = found = 0
+    limits = {name: most for name, most in limits.items() if most}
+    tried, found, nearest = 0, 0, math.inf
 
     def limited(draw: Callable) -> Callable:
         def redraw(*given: Any) -> Any:
-            nonlocal tried, found
-            while tried < TRIES * (1 + found):
+            nonlocal tried, found, nearest
+            while tried < TRIES[nearest <= 10] * (1 + found):
                 arch, tried = draw(*given), tried + 1
-                counts = {name: getattr(space, name)(arch) for name, most in limits.items() if most}
-                if all(counts[name] <= limits[name] for name in counts):
+                excess = max((getattr(space, name)(arch) / most for name, most in limits.items()), default=0)
+                nearest = min(nearest, excess)
+                if excess <= 1:
                     found += 1
                     return arch
-            raise ValueError(f"{found} of {tried} draws are within " + " and ".join(
-                f"--max-{name} {limits[name]:,} (the last has {counts[name]:,})" for name in counts))
+            limit = " and ".join(f"--max-{name} {most:,}" for name, most in limits.items())
+            raise ValueError(f"{found} of {tried} draws are within {limit}; the nearest has {nearest:,.1f} times that")
         return redraw
 
     return [limited(draw) for draw in draws]

@@ -1651,9 +1651,20 @@ def test_search_within_limits(run, tmp_path, monkeypatch):
 
     for count, limit in (("params", 300_000), ("flops", 60_000_000)):
         assert max(counts(f"{count}.limited", f"--max-{count}", limit)) <= limit < max(counts(f"{count}.free"))
-    monkeypatch.setattr(gennas, "TRIES", 9)
-    status, _, stderr = run(*command, tmp_path / "none", "--max-params", 1000)
-    assert status == 2 and "0 of 9 draws are within --max-params 1,000 (the last has " in stderr.splitlines()[-1]
+    status, _, stderr = run(*command, tmp_path / "none", "--max-params", 1000, "--max-flops", 10 ** 10)
+    assert status == 2 and "0 of 50 draws are within --max-params 1,000 and --max-flops 10,000,000,000; the " in stderr
+
+
+def test_limits_that_few_meet():
+    """Three draws in a hundred; and none, though near."""
+    space = Mock(params=float)
+    for seed in range(20):
+        draw, = gennas.within_limits([lambda rng: rng.randrange(1, 101)], space, {"params": 3, "flops": None})
+        rng = random.Random(seed)
+        assert all(draw(rng) <= 3 for _ in range(30))
+    draw, = gennas.within_limits([lambda rng: 8], space, {"params": 4, "flops": None})
+    with pytest.raises(ValueError, match="0 of 300 draws .* the nearest has 2.0 times"):
+        draw(None)
 
 
 def test_recurrent_command_line(run, monkeypatch):
