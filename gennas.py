@@ -329,21 +329,6 @@ class Settings:
     log_score: bool = False  # the score is the weighted sum of the stages' log(1 + loss), not of their losses
 
 
-# `fast`: small images make a step cheap and rank NAS-Bench-101 better. The running statistics of batch norm lag behind
-# for some 70 steps, in deep networks more; without them fewer steps will do.
-PRESETS = {"paper": Settings(), "fast": Settings(steps=72, batch=8, side=16, batch_statistics=True, log_score=True)}
-# preset -> family of spaces -> the settings and the network's sizes that are other ones there
-EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
-    "paper": {"nbnlp": ({}, {"reservoir": True})},
-    "fast": {
-        "nb201": ({"steps": 44, "side": 32}, {"width": 4, "cells": 3}),
-        "nbnlp": ({}, {"reservoir": True}),
-        **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), ({"steps": 32}, {})),
-        **dict.fromkeys(("resnet", "resnext"), ({"steps": 24}, {})),
-    },
-}
-
-
 class Heads(nn.Module):
     """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to a target's channels."""
 
@@ -395,7 +380,7 @@ class Regression:
     global generators is put back. `images`: as `load_images` gives them, the first settings.batch are taken and made
     settings.side pixels wide; None for a recurrent task, whose input is a signal.
     """
-    def __init__(self, task: AnyTask, images: Tensor | None, settings: Settings = PRESETS["paper"], seed: int = 0,
+    def __init__(self, task: AnyTask, images: Tensor | None, settings: Settings = Settings(), seed: int = 0,
                  device: str | torch.device = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
         if images is not None:
@@ -987,6 +972,21 @@ def find_device(name: str | None, rank: int = 0) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.deterministic = True
     return torch.device(kind, int(index or rank % counts[kind]))
+
+
+# `fast`: small images make a step cheap and rank NAS-Bench-101 better. The running statistics of batch norm lag behind
+# for some 70 steps, in deep networks more; without them fewer steps will do.
+PRESETS = {"paper": Settings(), "fast": Settings(steps=72, batch=8, side=16, batch_statistics=True, log_score=True)}
+# preset -> family of spaces -> the settings and the network's sizes that are other ones there
+EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
+    "paper": {"nbnlp": ({}, {"reservoir": True})},
+    "fast": {
+        "nb201": ({"steps": 44, "side": 32}, {"width": 4, "cells": 3}),
+        "nbnlp": ({}, {"reservoir": True}),
+        **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), ({"steps": 32}, {})),
+        **dict.fromkeys(("resnet", "resnext"), ({"steps": 24}, {})),
+    },
+}
 
 
 class Trainer:
