@@ -16,12 +16,12 @@ import time
 
 def end_with_parent() -> None:
     """Let this worker process end, whatever it does, as soon as the one that started it is gone."""
-    def watch(parent: int) -> None:
-        while os.getppid() == parent:
+    def watch() -> None:
+        while os.environ["GENNAS_PARENT"] == str(os.getppid()):
             time.sleep(0.2)
         os._exit(0)
 
-    threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # Before torch, which takes seconds to load. The method begins below the imports.
@@ -1063,7 +1063,8 @@ class Processes:
 
     def __init__(self, count: int, words: tuple):
         context, self.workers = get_context("spawn"), {}
-        handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # they inherit it: Ctrl-C is for this process
+        os.environ["GENNAS_PARENT"] = str(os.getpid())  # they inherit this, for `end_with_parent`,
+        handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # and this: Ctrl-C is for this process
         try:
             for rank in range(count):
                 pipe, theirs = context.Pipe()
