@@ -14,10 +14,10 @@ import threading
 import time
 
 
-def end_with_parent() -> None:
-    """Let this worker process end, whatever it does, as soon as the one that started it is gone."""
+def end_with_parent(parent: str) -> None:
+    """Let this worker process end, whatever it does, as soon as the one that started it, of that number, is gone."""
     def watch() -> None:
-        while os.environ["GENNAS_PARENT"] == str(os.getppid()):
+        while parent == str(os.getppid()):
             time.sleep(0.2)
         os._exit(0)
 
@@ -27,8 +27,8 @@ def end_with_parent() -> None:
 # Before torch, which takes seconds to load. The method begins below the imports.
 if __name__ == "__main__" and os_signal.getsignal(os_signal.SIGINT) != os_signal.SIG_IGN:
     os_signal.signal(os_signal.SIGINT, os_signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-elif __name__ == "__mp_main__":
-    end_with_parent()
+elif __name__ == "__mp_main__" and "GENNAS_PARENT" in os.environ:  # a worker of Processes
+    end_with_parent(os.environ.pop("GENNAS_PARENT"))
 
 import argparse
 import hashlib
@@ -692,6 +692,7 @@ STATISTICS = {3 * 32 * 32: CIFAR, 3 * 16 * 16: IMAGENET16}  # by the length of a
 PIXELS = "uint8", "float16", "float32", "float64"
 BATCHES = "data_batch_1", "train", "train_data_batch_1"  # the first training file of CIFAR-10, CIFAR-100, ImageNet16
 MOST_BYTES = 2 ** 30  # that a file may unpack to, and that the images in use may fill
+MOST_WORDS = 5_000_000  # of a pickle: labels and names are some 100,000
 IMAGE_FILES = ("a CIFAR-10/100 or ImageNet16 python batch, its folder, or a .npy or .npz array (N, H, W, 3) or "
                "(N, 3, H, W), uint8 or float in [0, 1]")
 
@@ -713,7 +714,7 @@ def load_images(source: str, seed: int, count: int = 16) -> tuple[Tensor, str]:
         array, statistics = read_array(path) if path.suffix in (".npy", ".npz") else read_batch(path)
         if len(array) < count or array[:count].nbytes > MOST_BYTES:
             raise ValueError(f"{len(array)} images, {count} are needed, of a usual size")
-        images = torch.from_numpy(np.array(array[:count]))
+        images = torch.from_numpy(np.array(array[:count], array.dtype.newbyteorder("=")))
         name = f"{path.name} (first {count}, sha256 {digest_of(images.numpy().tobytes())})"
         images = images.float() / (1 if images.is_floating_point() else 255)
         if not 0 <= images.min() <= images.max() <= 1:  # false for NaN as well
@@ -751,15 +752,17 @@ def read_batch(path: Path) -> tuple[np.ndarray, Any]:
     for op, word, _ in pickletools.genops(path.read_bytes()):
         if word is not None and "PUT" not in op.name or op.name in ("NEWTRUE", "NEWFALSE"):
             words.append(op.name == "NEWTRUE" if word is None else word)
+        if len(words) > MOST_WORDS:
+            raise ValueError(f"more than {MOST_WORDS:,} words")
     texts = [word for word in words if isinstance(word, (str, bytes, bytearray))]
     text = max(texts, key=len, default="")
     pixels = text.encode("latin1") if isinstance(text, str) else text  # a str in protocols 0 to 2
     at = next((at for at, word in enumerate(words) if word is text), 0)
-    flags = [word for word in words[:at] if isinstance(word, bool)]  # the last of them, or "F": in Fortran's order
+    flags = [word for word in words[max(at - 3, 0):at] if isinstance(word, bool)]  # or "F": in Fortran's order
     for row, statistics in STATISTICS.items():
         shape = len(pixels) // row, row
         starts = [place for place, pair in enumerate(zip(words, words[1:])) if pair == shape and type(pair[0]) is int]
-        columns_first = flags[-1:] == [True] or any(words[place + 2:place + 3] == ["F"] for place in starts)
+        columns_first = True in flags or any(words[place + 2:place + 3] == ["F"] for place in starts)
         if starts and "u1" in texts and not columns_first and len(pixels) == math.prod(shape) > 0:
             side = math.isqrt(row // 3)
             return np.frombuffer(pixels, np.uint8).reshape(-1, 3, side, side), statistics
@@ -808,14 +811,13 @@ class Record:
             self.file.truncate(0)
             self.write(header)
             return
-        first, *lines = content.splitlines(keepends=True)
-        self.compare(first, made_with)
-        for number, line in enumerate(lines, start=2):
-            if not line.endswith(b"\n"):
-                write_stderr(f"gennas: {path}: the torn last line is dropped\n")
-                self.file.truncate(len(content) - len(line))
-            else:
-                self.read(line, number)
+        *lines, torn = content.split(b"\n")
+        self.compare(*lines[:1] or [torn], made_with)
+        for number, line in enumerate(lines[1:], start=2):
+            self.read(line, number)
+        if torn:
+            write_stderr(f"gennas: {path}: the torn last line is dropped\n")
+            self.file.truncate(len(content) - len(torn))
 
     def compare(self, header: bytes, settings: dict[str, Any]) -> None:
         try:
@@ -965,8 +967,8 @@ def find_device(name: str | None, rank: int = 0) -> torch.device:
     """The named device, by default a GPU if there is one; of `cuda` the GPU that falls to worker `rank`. Set up for
     speed and for equal results in equal runs."""
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    kind, _, index = (name or ("cuda" if counts["cuda"] else "cpu")).partition(":")
-    if not (index or "0").isdecimal() or int(index or 0) >= counts.get(kind, 0):
+    kind, colon, index = (("cuda" if counts["cuda"] else "cpu") if name is None else name).partition(":")
+    if colon and not (index.isdecimal() and len(index) < 4) or int(index or 0) >= counts.get(kind, 0):
         raise ValueError(f"--device {name}: not available here; expected cpu, cuda, cuda:N or mps")
     torch.set_num_threads(1)  # small maps gain nothing from more, and sums would depend on their number
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1047,10 +1049,11 @@ def make_trainer(words: tuple) -> Trainer | str:
         return str(error)
 
 
-def serve(pipe: connection.Connection, words: tuple) -> None:
+def serve(pipe: connection.Connection, words: tuple, parent: str) -> None:
     """What a worker process does: train what comes through the pipe, until that or its parent is gone."""
     os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
-    end_with_parent()
+    os.environ.pop("GENNAS_PARENT", None)  # it is no matter of the processes that a space may start
+    end_with_parent(parent)
     trainer = make_trainer(words)
     with suppress(EOFError, OSError):
         while True:
@@ -1062,17 +1065,21 @@ class Processes:
     they have ended."""
 
     def __init__(self, count: int, words: tuple):
-        context, self.workers = get_context("spawn"), {}
-        os.environ["GENNAS_PARENT"] = str(os.getpid())  # they inherit this, for `end_with_parent`,
-        handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # and this: Ctrl-C is for this process
+        context, self.workers, parent, handler = get_context("spawn"), {}, str(os.getpid()), None
+        os.environ["GENNAS_PARENT"] = parent  # they inherit this, for `end_with_parent` before they can be told,
+        with suppress(ValueError):  # in another thread than the first
+            handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # and this: Ctrl-C is for this process
         try:
             for rank in range(count):
                 pipe, theirs = context.Pipe()
-                self.workers[pipe] = context.Process(target=serve, args=(theirs, (*words, rank)), daemon=True)
+                words_of_worker = theirs, (*words, rank), parent
+                self.workers[pipe] = context.Process(target=serve, args=words_of_worker, daemon=True)
                 self.workers[pipe].start()
                 theirs.close()
         finally:
-            os_signal.signal(os_signal.SIGINT, handler)
+            del os.environ["GENNAS_PARENT"]
+            if handler is not None:
+                os_signal.signal(os_signal.SIGINT, handler)
 
     def map(self, items: list[Item]) -> Iterator[Result]:
         waiting, idle, busy = deque(enumerate(items)), deque(self.workers), {}
@@ -1199,18 +1206,20 @@ class Scorer:
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
-def check_plot(path: str) -> None:
-    """ValueError or OSError, before anything is computed, if no plot can be written to `path`."""
+def check_plot(path: str, out: str | None) -> None:
+    """ValueError or OSError, before anything is computed, if no plot can be written to `path`, or `out` is there."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("--plot needs matplotlib; expected: pip install matplotlib") from None
     if Path(path).suffix not in (".png", ".pdf", ".svg") or not Path(path).parent.is_dir():
         raise ValueError(f"--plot {path}: expected a .png, .pdf or .svg file in a folder that exists")
-    absent = not Path(path).exists()
+    if out and os.path.realpath(path) == os.path.realpath(out) or os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"--plot {path}: expected a regular file, and another than --out")
+    absent = not os.path.lexists(path)
     open(path, "ab").close()
     if absent:
-        Path(path).unlink()
+        os.unlink(path)
 
 
 @contextmanager
@@ -1262,7 +1271,7 @@ def run_search(scorer: Scorer, task: AnyTask, seed: int, limits: dict[str, int |
                plot: str | None) -> dict[str, Any]:
     history = search(scorer.space, lambda archs: scorer([task], archs)[0], seed, limits, **evolution)
     arch, loss = min(history, key=lambda pair: pair[1])
-    text, params = scorer.space.format(arch), scorer.space.params(arch)
+    text, params = scorer.space.format(arch), int(scorer.space.params(arch))
     print_line(f"{text}\nloss {show_loss(loss)}, {params:,} parameters; the best of {len(history)} evaluated "
                f"architectures, {len(scorer.scores)} different networks")
     if plot:
@@ -1285,7 +1294,7 @@ def run_score(scorer: Scorer, task: AnyTask, archs: list[Any], plot: str | None)
         scorer.lead(score)
         while len(results) < len(keys) and keys[len(results)] in scorer.scores:
             arch, known = archs[len(results)], scorer.scores[keys[len(results)]]
-            params, text = scorer.space.params(arch), scorer.space.format(arch)
+            params, text = int(scorer.space.params(arch)), scorer.space.format(arch)
             results.append({"arch": text, "loss": known.loss, "params": params, "seconds": known.seconds})
             print_line(f"{show_loss(known.rank_by):>9} {params:>12,} {known.seconds:>8.2f}  {text}")
 
@@ -1303,7 +1312,7 @@ def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]]
     losses, = scorer([task], archs)
     merits = [-loss for loss in losses]
     rho, tau, (low, high) = spearman(merits, values), kendall(merits, values), spearman_interval(merits, values)
-    by_params = spearman([scorer.space.params(arch) for arch in archs], values)
+    by_params = spearman([int(scorer.space.params(arch)) for arch in archs], values)
     seconds = float(np.mean([scorer.scores[key].seconds for key in scorer.keys(task, archs)]))
     interval = f"[{low:.3f}, {high:.3f}]" if len(labels) >= LEAST else f"(no interval below {LEAST} architectures)"
     summary = f"spearman {rho:.3f} {interval}, kendall {tau:.3f}, {len(labels)} architectures"
@@ -1440,7 +1449,7 @@ def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, start
     """The mode, from its input to its result. Its scorer enters `started` before the first network is trained."""
     clock = time.perf_counter()
     if args.plot is not None:
-        check_plot(args.plot)
+        check_plot(args.plot, args.out)
     if torchrun and args.workers:
         raise ValueError("--workers is for one machine without torchrun; expected torchrun --nproc-per-node N")
     evolution = {"population": args.population, "cycles": args.cycles}
@@ -1477,6 +1486,7 @@ def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, start
             limits = {"params": args.max_params, "flops": args.max_flops}
             if args.max_flops and not getattr(trainer.space, "flops", None):
                 raise ValueError(f"--max-flops: {args.space} does not count operations; expected --max-params")
+            within_limits([trainer.space.random], trainer.space, limits)[0](random.Random(args.seed))  # or none is
             result = run_search(start(candidates), task, args.seed, limits, evolution, args.plot)
         case "search-task":
             labels = load_labels(args, trainer.space)
@@ -1529,6 +1539,8 @@ def main(argv: list[str] | None = None) -> None:
         if distributed.is_available() and distributed.is_torchelastic_launched():
             torchrun = Torchrun(words)
             if torchrun.rank:
+                for number in ENDINGS:  # `serve` waits where Python handles no signal
+                    os_signal.signal(number, os_signal.SIG_DFL)
                 return torchrun.serve()
             if isinstance(torchrun.trainer, str):
                 raise ValueError(torchrun.trainer)
@@ -1543,10 +1555,12 @@ def main(argv: list[str] | None = None) -> None:
     except (ChildProcessError, getattr(distributed, "DistError", ChildProcessError)) as error:
         end(1, f"error: {error}")
     except OSError as error:
-        if error.filename == "stdout":  # what it still holds would fail once more when Python ends
+        in_output = error.filename == "stdout"
+        if in_output:  # what it still holds would fail once more when Python ends
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        end(1 if started else 2, f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}")
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        end(1 if started or in_output else 2, f"error: {what}")
     except (Exception, SystemExit) as error:
         if args.space in search_spaces.SPACES:
             raise

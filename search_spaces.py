@@ -30,6 +30,7 @@ import math
 import random
 import re
 import sys
+from contextlib import suppress
 from functools import lru_cache, partial
 from graphlib import TopologicalSorter
 from itertools import accumulate, pairwise, product, repeat
@@ -1150,8 +1151,9 @@ def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
                 labels.append((space.parse(arch if isinstance(arch, str) else json.dumps(arch)), float(value)))
             except ValueError as error:
                 raise ValueError(f"labels {file}, entry {number}: {error}") from None
-    if failed:
-        print(f"labels {path}: {failed} of {failed + len(labels)} runs failed and are left out", file=sys.stderr)
+    if failed and labels:
+        with suppress(OSError):  # a full disk under stderr ends no run
+            print(f"labels {path}: {failed} of {failed + len(labels)} runs failed and are left out", file=sys.stderr)
     if not labels:
         raise ValueError(f"labels {path}: no entry that counts; expected a JSON list of [architecture, value], an NDS "
                          "file, or a folder of run logs")

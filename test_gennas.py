@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Sequence
@@ -278,7 +279,7 @@ def test_synthetic_images():
 @pytest.mark.parametrize("protocol", range(6))
 def test_cifar_batches(tmp_path, name, folder, protocol):
     data = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
-    content = {b"batch_label": b"training", b"fine_labels": list(range(20)), b"data": data, b"filenames": [b"a"] * 20}
+    content = {b"batch_label": b"training", b"fine_labels": np.arange(20), b"data": data, b"filenames": [b"F"] * 20}
     (tmp_path / name).write_bytes(pickle.dumps(content, protocol))
     loaded, _ = gennas.load_images(str(tmp_path if folder else tmp_path / name), 0)
     expected = (data[2, 1 * 1024 + 5 * 32 + 7] - 123.0) / 62.1  # image 2, green, row 5, column 7
@@ -298,10 +299,12 @@ def test_imagenet16_batch(tmp_path):
 def test_arrays(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "d.npz", y=np.arange(16), x=pixels)
-    for name, version in {"a": pixels, "b": pixels.transpose(0, 3, 1, 2), "c": pixels / 255}.items():
+    floats = pixels / 255
+    versions = {"a": pixels, "b": pixels.transpose(0, 3, 1, 2), "c": floats, "e": floats.astype(">f4")}
+    for name, version in versions.items():
         np.save(tmp_path / f"{name}.npy", version)
     plain = (pixels - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2), ddof=1)
-    for name in ("a.npy", "b.npy", "c.npy", "d.npz"):
+    for name in ("a.npy", "b.npy", "c.npy", "e.npy", "d.npz"):
         loaded, _ = gennas.load_images(str(tmp_path / name), 0)
         np.testing.assert_allclose(loaded, plain.transpose(0, 3, 1, 2), atol=1e-4)
 
@@ -926,6 +929,7 @@ def test_labels_of_every_kind(tmp_path, capsys):
         labels = search_spaces.load_labels(search_spaces.get(space), tmp_path / name)
         assert [value for _, value in labels] == values
     assert "2 of 4 runs failed" in capsys.readouterr().err
+    capsys.readouterr()
     with pytest.raises(ValueError, match="no entry"):
         search_spaces.load_labels(NBNLP(), tmp_path / "empty")
 
@@ -1485,6 +1489,14 @@ def test_two_nodes_under_torchrun(tmp_path, undisturbed):
     assert recorded(tmp_path / "0.jsonl") == undisturbed[1] and not (tmp_path / "1.jsonl").exists()
 
 
+def test_wrong_input_under_torchrun():
+    """Ends at once, though the others wait for items."""
+    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                              "gennas.py", "--space", "nb201", "--mode", "score", "nope"], cwd=HERE, timeout=25,
+                             capture_output=True, text=True)  # torchrun gives processes 30 s to end, then kills them
+    assert process.returncode == 1 and process.stderr.count("gennas: error: not a network of nb201") == 1
+
+
 @on_linux
 def test_torchrun_restarts_dead_workers(tmp_path, undisturbed):
     out = tmp_path / "scores.jsonl"
@@ -1535,8 +1547,10 @@ def test_torchrun_processes_share_a_list(monkeypatch):
 
 
 def test_processes_end_with_an_error(tiny):
-    """And give no result of the list before to the next."""
-    workers = gennas.Processes(2, ("nb201", "fast", 1, "synthetic", 0, "cpu"))
+    """And give no result of the list before to the next. Here they are started by another thread than the first."""
+    with ThreadPoolExecutor(1) as thread:
+        workers = thread.submit(gennas.Processes, 2, ("nb201", "fast", 1, "synthetic", 0, "cpu")).result()
+    assert "GENNAS_PARENT" not in os.environ
     item = gennas.TASKS["nb101"].to_json(), 0
     archs = [NB201().format(NB201().random(random.Random(seed))) for seed in range(3)]
     assert sorted(place for place, *_ in workers.map([(*item, arch) for arch in archs])) == [0, 1, 2]
@@ -1569,6 +1583,10 @@ def test_record(run, tmp_path):
         status, _, stderr = run(*command, *change)
         assert status == 2 and f"made with {word}" in stderr and stderr.count("\n") == 1
     assert scores() == expected
+    damaged = b"\r".join(whole.encode().rsplit(b"\n", 2))  # no line's end, and nothing is cut off
+    out.write_bytes(damaged + b"\n")
+    status, _, stderr = run(*command)
+    assert status == 2 and stderr.count("\n") == 1 and out.read_bytes() == damaged + b"\n"
     foreign = tmp_path / "letter.txt"
     foreign.write_text("Dear reader")
     status, _, stderr = run("--mode", "score", RICH, "--out", foreign)
@@ -1795,7 +1813,9 @@ WRONG = [  # words of the command line, what the message must say
     ("--device abacus", "abacus"), ("--device hpu", "hpu", "cuda:N"), ("--device privateuseone", "privateuseone"),
     ("--device 'c\npu'", "not available here"), ("--out absent/x.jsonl", "absent/x.jsonl", "No such file"),
     ("--out empty", "empty", "regular file"), ("--plot absent/x.png", "absent/x.png", "folder"),
-    ("--plot x.docx", "x.docx", ".png"), ("--plot folder.png", "folder.png", "Is a directory"),
+    ("--plot x.docx", "x.docx", ".png"), ("--plot folder.png", "folder.png", "a regular file"),
+    ("--plot same.png --out same.png", "same.png", "another than --out"), ("--device cpu:", "cpu:", "cuda:N"),
+    ("--max-params 1", "0 of 50 draws"),
     (f"--plot {'x' * 300}.png", "File name too long"),
     ("--space exits.py:Own", "exits.py", "SystemExit"), ("--space talks.py:Own", "ImportError", "two lines"),
     ("--space task.py:Own", "unknown task", "combo"), (f"--task '{'x' * 500_000}'", "unknown task", "FILE.json"),
@@ -1857,6 +1877,7 @@ def test_ctrl_c_at_any_time_and_twice(delay):
     ("> /dev/full", 1, "gennas: error: stdout: No space left on device; 3 networks are scored"),
     ("2> /dev/full", 0, ""), ("< /dev/null >&-", 0, ""), ("2>&-", 0, ""), ("<&-", 0, ""),
     ("<&- >&- 2>&- --out out.jsonl", 0, ""), ("--mode score - <&-", 2, "needs ARCH"),
+    ("--mode show > /dev/full", 1, "gennas: error: stdout: No space left on device\n"),
     (f"--mode score '{RICH}' '{DEAD}' | head -n 1", 1, "gennas: error: stdout: Broken pipe")])
 def test_streams_that_cannot_be_written_or_read(tmp_path, redirection, status, wanted):
     """Of a buffered stdout, as it is without PYTHONUNBUFFERED."""
@@ -1958,6 +1979,7 @@ def test_readme_space(tmp_path):
     ("return self.format(arch)", "raise SystemExit\n", ["SystemExit:"]),
     ("widths = [3", "raise SystemExit\n        widths = [3", ["SystemExit:"]),
     ("return sum(p", "raise OSError('no such thing')\n        return sum(p", ["no such thing"]),
+    ("return sum(p", "return float('nan') + sum(p", ["NaN"]),
     ("i = rng.randrange(3)", "raise ValueError('no neighbour')", ["no neighbour; ", " networks are scored; best "]),
 ])
 def test_own_space_with_a_mistake(run, tmp_path, right, wrong, wanted):
