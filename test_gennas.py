@@ -1275,7 +1275,7 @@ def test_random_and_mutated_tasks(kind, fields):
     assert all(child != parent for child, parent in zip(children, tasks))
 
 
-SEARCH_TASK = "--mode", "search-task", "--population", 4, "--tournament", 2, "--cycles", 5, "--batch", 2
+SEARCH_TASK = "--mode", "search-task", "--population", 4, "--tournament", 2, "--cycles", 5, "--batch", 2, "--steps", 1
 
 
 def test_search_task(run, tmp_path):
@@ -1301,7 +1301,7 @@ def test_search_task(run, tmp_path):
     found.write_text(run(*command, "--quiet")[1])  # without --json, what it prints is a task file
     assert json.loads(found.read_text()) == result["task"]
     for file, name in ((labels, "spearman"), (rest, "spearman_held_out")):
-        words = "--mode", "correlate", "--labels", file, "--limit", 5, "--task", found, "--json"
+        words = "--mode", "correlate", "--labels", file, "--limit", 5, "--task", found, "--json", "--steps", 1
         assert last_json(run(*words)[1])["spearman"] == pytest.approx(result[name])
 
     lines = out.read_bytes().splitlines(keepends=True)  # killed, and continued
@@ -1660,14 +1660,14 @@ def test_search(run, tmp_path):
 
 
 def test_search_within_limits(run, tmp_path, monkeypatch):
-    command = "--population", 4, "--tournament", 2, "--cycles", 6, "--json", "--out"
+    command = "--population", 4, "--tournament", 2, "--cycles", 6, "--steps", 1, "--json", "--out"
 
     def counts(name: str, *words) -> list[int]:
         assert run(*command, tmp_path / name, *words)[0] == 0
         archs = [json.loads(line)["arch"] for line in (tmp_path / name).read_text().splitlines()[1:]]
         return [getattr(NB201(), name[:name.index(".")])(NB201().parse(arch)) for arch in archs]
 
-    for count, limit in (("params", 300_000), ("flops", 60_000_000)):
+    for count, limit in (("params", 600_000), ("flops", 150_000_000)):
         assert max(counts(f"{count}.limited", f"--max-{count}", limit)) <= limit < max(counts(f"{count}.free"))
     status, _, stderr = run(*command, tmp_path / "none", "--max-params", 1000, "--max-flops", 10 ** 10)
     assert status == 2 and "0 of 50 draws are within --max-params 1,000 and --max-flops 10,000,000,000; the " in stderr
