@@ -812,7 +812,7 @@ class Record:
             self.write(header)
             return
         *lines, torn = content.split(b"\n")
-        self.compare(*lines[:1] or [torn], made_with)
+        self.compare(lines[0] if lines else torn, made_with)
         for number, line in enumerate(lines[1:], start=2):
             self.read(line, number)
         if torn:
@@ -1072,9 +1072,9 @@ class Processes:
         try:
             for rank in range(count):
                 pipe, theirs = context.Pipe()
-                words_of_worker = theirs, (*words, rank), parent
-                self.workers[pipe] = context.Process(target=serve, args=words_of_worker, daemon=True)
-                self.workers[pipe].start()
+                worker = context.Process(target=serve, args=(theirs, (*words, rank), parent), daemon=True)
+                worker.start()
+                self.workers[pipe] = worker
                 theirs.close()
         finally:
             del os.environ["GENNAS_PARENT"]
@@ -1181,7 +1181,8 @@ class Scorer:
         seed = self.seed if seed is None else seed
         keys = [self.keys(task, archs, seed) for task in tasks]
         counts = Counter(itertools.chain.from_iterable(keys))
-        unknown = {key: (task, arch) for task, row in zip(tasks, keys) for key, arch in zip(row, archs)
+        texts = [task.to_json() for task in tasks]
+        unknown = {key: (text, arch) for text, row in zip(texts, keys) for key, arch in zip(row, archs)
                    if key not in self.record.known}
 
         def keep(score: Score, trained: bool) -> None:
@@ -1194,7 +1195,7 @@ class Scorer:
             if key not in unknown:
                 keep(self.record.known[key], trained=False)
         names = list(unknown)
-        items = [(task.to_json(), seed, self.space.format(arch)) for task, arch in unknown.values()]
+        items = [(text, seed, self.space.format(arch)) for text, arch in unknown.values()]
         for place, (*curve, loss), seconds in self.workers.map(items):
             score = Score(names[place], items[place][-1], finite(loss), seconds, [finite(x) for x in curve])
             self.record.add(score)
@@ -1438,7 +1439,12 @@ def load_labels(args: argparse.Namespace, space: Any) -> list[tuple[Any, float]]
         labels = getattr(space, "labels", None)
     if labels is None:
         raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
-    if not all(isinstance(pair, tuple) and search_spaces.is_finite(pair[-1]) for pair in labels):
+    try:
+        labels = [(arch, float(value)) for arch, value in labels]
+        right = all(math.isfinite(value) for _, value in labels)
+    except (TypeError, ValueError):
+        right = False
+    if not right:
         raise ValueError(f"labels of {args.space}: expected [(arch, number)]")
     if len(labels[:args.limit]) < 3:
         raise ValueError(f"--mode {args.mode}: expected at least 3 architectures, not {len(labels[:args.limit])}")
@@ -1486,7 +1492,8 @@ def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, start
             limits = {"params": args.max_params, "flops": args.max_flops}
             if args.max_flops and not getattr(trainer.space, "flops", None):
                 raise ValueError(f"--max-flops: {args.space} does not count operations; expected --max-params")
-            within_limits([trainer.space.random], trainer.space, limits)[0](random.Random(args.seed))  # or none is
+            # one draw first: limits that nothing meets are told before anything is started
+            within_limits([trainer.space.random], trainer.space, limits)[0](random.Random(args.seed))
             result = run_search(start(candidates), task, args.seed, limits, evolution, args.plot)
         case "search-task":
             labels = load_labels(args, trainer.space)
@@ -1539,8 +1546,7 @@ def main(argv: list[str] | None = None) -> None:
         if distributed.is_available() and distributed.is_torchelastic_launched():
             torchrun = Torchrun(words)
             if torchrun.rank:
-                for number in ENDINGS:  # `serve` waits where Python handles no signal
-                    os_signal.signal(number, os_signal.SIG_DFL)
+                handle_endings(os_signal.SIG_DFL)  # `serve` waits where Python handles no signal
                 return torchrun.serve()
             if isinstance(torchrun.trainer, str):
                 raise ValueError(torchrun.trainer)
@@ -1570,19 +1576,22 @@ def main(argv: list[str] | None = None) -> None:
 ENDINGS = [getattr(os_signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(os_signal, name)]
 
 
-def interrupt(*_: Any) -> None:
-    """A signal that ends a run ends it in order, with what it has; one more ends it at once."""
+def handle_endings(handler: Any) -> None:
+    """Of the signals that end a run, but for those that are ignored, as nohup sets it."""
     for number in ENDINGS:
-        os_signal.signal(number, os_signal.SIG_DFL)
+        if os_signal.getsignal(number) != os_signal.SIG_IGN:
+            os_signal.signal(number, handler)
+
+
+def interrupt(*_: Any) -> None:
+    """Ends a run in order, with what it has; one more signal ends it at once."""
+    handle_endings(os_signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    for number in ENDINGS:
-        if os_signal.getsignal(number) != os_signal.SIG_IGN:  # as nohup sets it
-            os_signal.signal(number, interrupt)
+    handle_endings(interrupt)
     try:
         main()
     finally:
-        for number in ENDINGS:
-            os_signal.signal(number, os_signal.SIG_DFL)  # there is nothing left to say
+        handle_endings(os_signal.SIG_DFL)  # there is nothing left to say

@@ -1990,6 +1990,15 @@ def test_own_space_with_a_mistake(run, tmp_path, right, wrong, wanted):
     assert all(words in stderr for words in wanted), stderr
 
 
+@pytest.mark.parametrize("value, status", [("np.float32(n)", 0), ("float('nan')", 2), ("'high'", 2), ("None", 2)])
+def test_labels_of_an_own_space(run, tmp_path, value, status):
+    labels = f"    labels = [(((1, 8), (3, 8), (k, 8)), {value}) for n, k in enumerate((1, 3, 5))]\n"
+    (tmp_path / "mine.py").write_text("import numpy as np\n" + plain_space() + labels)
+    found, _, stderr = run("--space", f"{tmp_path / 'mine.py'}:Plain", "--mode", "correlate", "--quiet")
+    assert found == status and stderr.count("\n") == bool(status), stderr
+    assert not status or "[(arch, number)]" in stderr
+
+
 def test_own_space_with_maps_of_one_pixel_and_its_file_in_the_record(run, tmp_path):
     file, out = tmp_path / "mine.py", tmp_path / "out.jsonl"
     file.write_text(plain_space().replace("1 if i == 0 else 2", "4"))  # 16 pixels, 4, 1, 1
