@@ -325,11 +325,36 @@ class Settings:
     batch: int = 16  # images or sequences
     side: int = 32  # of the images
     size: int = 8  # side of the targets, length of the sequences
-    batch_statistics: bool = False  # in eval() too, the network (not its heads) normalises by the batch at hand
-    log_score: bool = False  # the score is the weighted sum of the stages' log(1 + loss), not of their losses
+    ridge: float | None = None  # the penalty of solved heads; None: the heads are trained, as the network is
+    relative: bool = False  # the score: the log of each loss less that of the untrained network
 
 
-class Heads(nn.Module):
+def rows(x: Tensor) -> Tensor:
+    """Maps (B, C, H, W) -> (B H W, C), a row for each position; sequences (B, T, C) -> (B T, C)."""
+    return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).flatten(0, -2)
+
+
+def ridge_loss(features: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """The mean squared error of the linear head that is best for these features, and its penalty: the minimum over W of
+    mean((F W - Y)^2) + ridge |W|^2 / T, for features F (N, C), standardised here, and a target Y (N, T) of mean 0.
+
+    W = (F'F + ridge N I)^-1 F'Y = F'(FF' + ridge N I)^-1 Y, solved for in the smaller form. Its dependence on F adds
+    nothing to the gradient, for it is the minimum (variable projection: Golub and Pereyra, 1973).
+    """
+    features = F.batch_norm(features, None, None, training=True)
+    n, channels = features.shape
+    with torch.no_grad():
+        wide = channels > n
+        gram = features @ features.T if wide else features.T @ features
+        gram.diagonal().add_(ridge * n)
+        factor = torch.linalg.cholesky_ex(gram).L  # unlike `cholesky` and `cholesky_solve`, these let no host wait
+        head = torch.linalg.solve_triangular(factor, target if wide else features.T @ target, upper=False)
+        head = torch.linalg.solve_triangular(factor.T, head, upper=True)
+        head = features.T @ head if wide else head
+    return F.mse_loss(features @ head, target) + ridge * head.square().sum() / target.shape[1]
+
+
+class TrainedHeads(nn.Module):
     """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to a target's channels."""
 
     def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor]):
@@ -337,38 +362,28 @@ class Heads(nn.Module):
         self.body, self.size = body.eval(), targets[0].shape[2:]
         with torch.no_grad():  # of two images, for some batch norms use the batch's own statistics in eval() too
             widths = [tap.shape[1] for tap in body(images[:2])]
-        if len(widths) != len(targets):
-            raise ValueError(f"expected {len(targets)} feature maps, one for each target, not {len(widths)}")
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
                                    for width, target in zip(widths, targets))
 
     def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three (B, C, size, size)
         return [head(F.interpolate(tap, size=self.size)) for head, tap in zip(self.heads, self.body(images))]
 
-    def optimizer(self, settings: Settings, fused: bool) -> torch.optim.Optimizer:
-        matrices, vectors = ([p for p in self.parameters() if (p.ndim > 1) == big] for big in (True, False))
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors}]
-        return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=fused)
 
+class Encoder(nn.Module):
+    """A recurrent network behind a linear encoder; with a linear decoder, if that is trained too."""
 
-class EncoderDecoder(nn.Module):
-    """A recurrent network between a linear encoder and a linear decoder."""
-
-    def __init__(self, body: nn.Module, sequences: Tensor, targets: list[Tensor]):
+    def __init__(self, body: nn.Module, dimension: int, decoder: bool):
         super().__init__()
         self.body = body
-        self.encoder = nn.Linear(sequences.shape[2], body.width)
-        self.decoder = nn.Linear(body.width, targets[0].shape[2])
+        self.encoder = nn.Linear(dimension, body.width)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
-        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
-        nn.init.zeros_(self.decoder.bias)
+        self.decoder = nn.Linear(body.width, dimension) if decoder else nn.Identity()
+        if decoder:
+            nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+            nn.init.zeros_(self.decoder.bias)
 
-    def forward(self, sequences: Tensor) -> list[Tensor]:  # (B, T, D) -> one (B, T, D)
+    def forward(self, sequences: Tensor) -> list[Tensor]:  # (B, T, D) -> one (B, T, D), without decoder (B, T, width)
         return [self.decoder(self.body(self.encoder(sequences)))]
-
-    def optimizer(self, settings: Settings, fused: bool) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), settings.rnn_learning_rate, weight_decay=settings.rnn_weight_decay,
-                                fused=fused)
 
 
 class Regression:
@@ -379,6 +394,10 @@ class Regression:
     seed) and the kind of device: weights, noise and dropout are seeded by space, key and seed, and the state of the
     global generators is put back. `images`: as `load_images` gives them, the first settings.batch are taken and made
     settings.side pixels wide; None for a recurrent task, whose input is a signal.
+
+    The paper trains a linear head on each tap along with the network. With settings.ridge the heads are solved for
+    instead, exactly and at every step, and only the network is trained: the loss tells from the first step on what the
+    features are good for, not how far the heads have come. Then batch norm is by the batch at hand throughout.
     """
     def __init__(self, task: AnyTask, images: Tensor | None, settings: Settings = Settings(), seed: int = 0,
                  device: str | torch.device = "cpu"):
@@ -389,39 +408,73 @@ class Regression:
         tensors = [x[:, 0] for x in drawn] if isinstance(task, RnnTask) else [images, *drawn]
         self.inputs, *self.targets = map(self.place, tensors)
         self.stage_weights = torch.tensor(settings.stage_weights[-len(self.targets):], device=self.device)
-        self.wrap = EncoderDecoder if isinstance(task, RnnTask) else Heads
 
     def place(self, x: Tensor) -> Tensor:
         return x.to(self.device, memory_format=torch.channels_last if x.ndim == 4 else torch.preserve_format)
 
     def __call__(self, space: Any, arch: Any) -> list[float]:
         purpose = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
-
-        def stage_losses() -> Tensor:
-            outputs = network(self.inputs + self.noise())
-            return torch.stack([F.mse_loss(output, target) for output, target in zip(outputs, self.targets)])
-
         with generators_kept(self.device):
             seed_generators(self.device, seed_of("weights", *purpose))
-            body = space.build(arch)  # on the CPU: equal weights on all devices
-            if self.settings.batch_statistics:
-                torch.func.replace_all_batch_norm_modules_(body)
-            network = self.wrap(body, self.inputs.cpu(), self.targets)
+            network = self.with_heads(space.build(arch))  # on the CPU: equal weights on all devices
             network = network.to(self.device, memory_format=torch.channels_last).train()
-            optimizer = network.optimizer(self.settings, fused=self.device.type != "mps")  # there it needs a new torch
+            optimizer = self.optimizer(network)
             seed_generators(self.device, seed_of("noise", *purpose))
             losses = []  # stay on the device until the end: no step waits for it
             for _ in range(self.settings.steps):
-                loss = self.stage_weights @ stage_losses()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach())
+                stages = self.stage_losses(network)
+                loss = self.stage_weights @ stages
+                if loss.requires_grad:  # a dead network learns nothing
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                losses.append(stages.detach())
             network.eval()
             with torch.no_grad():
-                final = stage_losses()
-            losses.append(self.stage_weights @ (final.log1p() if self.settings.log_score else final))
-            return torch.stack(losses).tolist()
+                losses.append(self.stage_losses(network))
+            losses = torch.stack(losses)
+            curve = losses @ self.stage_weights
+            if self.settings.relative and self.settings.steps:
+                first, *_, last = losses + 1e-9  # of a stage without signals nothing is left, nor was there anything
+                curve[-1] = (last / first).log() @ self.stage_weights
+            return curve.tolist()
+
+    def with_heads(self, body: nn.Module) -> nn.Module:
+        """The network as it is trained, its weights drawn by the global generator."""
+        trained = self.settings.ridge is None
+        if isinstance(self.task, RnnTask):
+            return Encoder(body, self.task.dimension, decoder=trained)
+        if trained:
+            return TrainedHeads(body, self.inputs.cpu(), self.targets)
+        torch.func.replace_all_batch_norm_modules_(body)  # those without running statistics
+        return body
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        settings, fused = self.settings, self.device.type != "mps"  # there it needs a new torch
+        if isinstance(self.task, RnnTask):
+            return torch.optim.Adam(network.parameters(), settings.rnn_learning_rate, fused=fused,
+                                    weight_decay=settings.rnn_weight_decay)
+        matrices, vectors = ([p for p in network.parameters() if (p.ndim > 1) == big] for big in (True, False))
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors}]
+        return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=fused)
+
+    def stage_losses(self, network: nn.Module) -> Tensor:
+        """Of each tap, on the inputs with fresh noise."""
+        outputs = network(self.inputs + self.noise())
+        if len(outputs) != len(self.targets):
+            raise ValueError(f"expected {len(self.targets)} feature maps, one for each target, not {len(outputs)}")
+        loss = F.mse_loss if self.settings.ridge is None else self.solved_loss
+        return torch.stack([loss(output, target) for output, target in zip(outputs, self.targets)])
+
+    def solved_loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """A tap larger than the target is resized; a smaller one is compared with the target's means over its pixels:
+        no head could tell the rest."""
+        if target.ndim == 4 and features.shape[2] > target.shape[2]:
+            features = F.interpolate(features, size=target.shape[2:])
+        elif target.ndim == 4:
+            target = F.adaptive_avg_pool2d(target, features.shape[2:])
+        target = rows(target)
+        return ridge_loss(rows(features), target - target.mean(0), self.settings.ridge)
 
     def noise(self) -> Tensor:
         noise, drawn = self.task.noise, torch.empty_like(self.inputs)
@@ -770,7 +823,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ record and progress
-SCORES = 2  # raised when the same settings give other scores than before, so that no record mixes them
+SCORES = 3  # raised when the same settings give other scores than before, so that no record mixes them
 
 
 class Score(NamedTuple):
@@ -971,22 +1024,36 @@ def find_device(name: str | None, rank: int = 0) -> torch.device:
     if colon and not (index.isdecimal() and len(index) < 4) or int(index or 0) >= counts.get(kind, 0):
         raise ValueError(f"--device {name}: not available here; expected cpu, cuda, cuda:N or mps")
     torch.set_num_threads(1)  # small maps gain nothing from more, and sums would depend on their number
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True  # of convolutions; the equations of solved heads need all their digits
     torch.backends.cudnn.deterministic = True
     return torch.device(kind, int(index or rank % counts[kind]))
 
 
-# `fast`: small images make a step cheap and rank NAS-Bench-101 better. The running statistics of batch norm lag behind
-# for some 70 steps, in deep networks more; without them fewer steps will do.
-PRESETS = {"paper": Settings(), "fast": Settings(steps=72, batch=8, side=16, batch_statistics=True, log_score=True)}
-# preset -> family of spaces -> the settings and the network's sizes that are other ones there
-EXCEPTIONS: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = {
-    "paper": {"nbnlp": ({}, {"reservoir": True})},
+class Preset(NamedTuple):
+    settings: Settings
+    sizes: dict[str, Any] = {}  # of the network that is trained, where they are not those of its class
+    task: str | None = None  # by default the one of the space
+
+
+FAST = Settings(steps=16, learning_rate=1.0, side=16, ridge=1.0)
+CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, "combo")
+RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, "combo")
+# preset -> family of spaces -> how it is scored; "": those that are not named, and spaces of your own
+PRESETS: dict[str, dict[str, Preset]] = {
+    "paper": {"": Preset(Settings()), "nbnlp": Preset(Settings(), {"reservoir": True})},
     "fast": {
-        "nb201": ({"steps": 44, "side": 32}, {"width": 4, "cells": 3}),
-        "nbnlp": ({}, {"reservoir": True}),
-        **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), ({"steps": 32}, {})),
-        **dict.fromkeys(("resnet", "resnext"), ({"steps": 24}, {})),
+        "": Preset(FAST),
+        "nb101": Preset(FAST, {"cells": 2, "all_blocks": True}),
+        # its small networks are better told apart on larger images, and a learning rate of 1 is too much for them
+        "nb201": Preset(replace(FAST, steps=12, learning_rate=0.3, side=24),
+                        {"width": 8, "cells": 2, "all_blocks": True}),
+        # the first layer of a stage has no shortcut: one that does something loses signal, which a loss punishes at once
+        "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32, relative=True),
+                          {"width": 8, "all_blocks": True}, "combo"),
+        "nbnlp": Preset(replace(FAST, steps=60, rnn_learning_rate=0.005),
+                        {"reservoir": True, "widths": (100, 150, 150, 100)}),
+        **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
+        **dict.fromkeys(("resnet", "resnext"), RESIDUAL),
     },
 }
 
@@ -997,12 +1064,13 @@ class Trainer:
 
     def __init__(self, space: str, preset: str = "fast", steps: int | None = None, images: str = "synthetic",
                  seed: int = 0, device: str | None = None, rank: int = 0):
-        family = space.split("-")[0] if space in search_spaces.SPACES else None
-        changes, sizes = EXCEPTIONS[preset].get(family, ({}, {}))
-        self.settings = replace(PRESETS[preset], **changes | ({"steps": steps} if steps else {}))
+        family = space.split("-")[0] if space in search_spaces.SPACES else ""
+        self.settings, sizes, task = PRESETS[preset].get(family, PRESETS[preset][""])
+        if steps is not None:
+            self.settings = replace(self.settings, steps=steps)
         self.space = search_spaces.get(space, **sizes)
         self.seed, self.device = seed, find_device(device, rank)
-        self.task_name = getattr(self.space, "task", "nb101")
+        self.task_name = task or getattr(self.space, "task", "nb101")
         self.images, self.images_name = None, "none"
         if isinstance(read_task(self.task_name), Task):
             self.images, self.images_name = load_images(images, seed, self.settings.batch)
@@ -1308,23 +1376,39 @@ def run_score(scorer: Scorer, task: AnyTask, archs: list[Any], plot: str | None)
     return {"results": results}
 
 
+SHOWN = 5  # networks that a correlation names, those furthest off
+
+
 def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]], plot: str | None) -> dict[str, Any]:
+    """A search lives among the best, so rho there, and what the best by score are worth, stand beside the whole rho."""
     archs, values = zip(*labels)
     losses, = scorer([task], archs)
     merits = [-loss for loss in losses]
     rho, tau, (low, high) = spearman(merits, values), kendall(merits, values), spearman_interval(merits, values)
     by_params = spearman([int(scorer.space.params(arch)) for arch in archs], values)
-    seconds = float(np.mean([scorer.scores[key].seconds for key in scorer.keys(task, archs)]))
+    best = [place for place, value in enumerate(values) if value >= np.quantile(values, 0.8)]
+    among_best = spearman(*([side[place] for place in best] for side in (merits, values)))
+    ten_best = float(np.mean([values[place] for place in np.argsort(losses, kind="stable")[:10]]))
+    keys = scorer.keys(task, archs)
+    seconds = float(np.mean([scorer.scores[key].seconds for key in keys]))
+    by_loss, by_label = ranks(losses), ranks([-value for value in values])  # 1: the best
+    furthest = list({keys[place]: place for place in np.argsort(abs(by_loss - by_label), kind="stable")}.values())
+    furthest = [{"arch": scorer.space.format(archs[place]), "rank_by_score": float(by_loss[place]),
+                 "rank_by_label": float(by_label[place])} for place in furthest[:-SHOWN - 1:-1]]
     interval = f"[{low:.3f}, {high:.3f}]" if len(labels) >= LEAST else f"(no interval below {LEAST} architectures)"
     summary = f"spearman {rho:.3f} {interval}, kendall {tau:.3f}, {len(labels)} architectures"
     print_line(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}; diverged: {losses.count(math.inf)}; "
-               f"{seconds:.2f} s a network")
+               f"{seconds:.2f} s a network\namong the best fifth by label: spearman {among_best:.3f}; the ten best by "
+               f"score: mean label {ten_best:.6g}\nfurthest off (rank by score, by label; 1 is the best):")
+    for network in furthest:
+        print_line(f"{network['rank_by_score']:>8g} {network['rank_by_label']:>8g}  {network['arch']}")
     if plot:  # as they are, and by rank, which is what Spearman's rho compares
         plot_lines(plot, summary, ("regression loss", "recorded value", {"": (losses, values, ".")}),
                    ("rank by regression loss (1: lowest)", "rank by recorded value (1: lowest)",
                     {"": (ranks(losses), ranks(values), ".")}))
     return {"n": len(labels), "spearman": finite(rho), "spearman_ci": [finite(low), finite(high)],
-            "kendall": finite(tau), "spearman_params": finite(by_params), "seconds_per_arch": seconds}
+            "kendall": finite(tau), "spearman_params": finite(by_params), "spearman_best_fifth": finite(among_best),
+            "mean_of_ten_best": ten_best, "furthest": furthest, "seconds_per_arch": seconds}
 
 
 def run_search_task(scorer: Scorer, kind: type[AnyTask], first: AnyTask | None, labels: list[tuple[Any, float]],
@@ -1405,7 +1489,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--mode", choices=MODES, default="search", help="search is the default; show draws the task's signals")
     option("--task", metavar="NAME|FILE.json", help=f"{', '.join(TASKS)}, or a file; default: the one of the space")
     option("--preset", choices=PRESETS, default="fast", help="how a network is trained (default fast)")
-    option("--steps", **number, help="training steps, instead of the preset's")
+    option("--steps", type=whole(0), metavar="N", help="training steps, instead of the preset's; 0 trains nothing")
     option("--images", default="synthetic", metavar="synthetic|PATH", help=IMAGE_FILES)
     option("--seed", type=whole(0), default=0, metavar="N", help="of images, signals, weights, noise, search (0)")
     option("--device", metavar="cpu|cuda[:N]|mps", help="default: cuda where there is one, else cpu")

@@ -145,8 +145,22 @@ def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor], zero: 
 Op = Callable[[int, int], nn.Module]  # constructor(channels, stride)
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution without bias as one matrix product, which on small maps is faster."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1):
+        super().__init__(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.stride[0]
+        x = x[:, :, ::step, ::step] if step > 1 else x
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A convolution without bias that keeps the map's size but for the stride."""
+    if kernel == groups == 1:
+        return Pointwise(c_in, c_out, stride)
     return nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel - 1) // 2, dilation, groups, bias=False)
 
 
@@ -272,10 +286,20 @@ class SearchSpace:
 
 
 class Stages(nn.Sequential):
-    """Stages one after the other; the taps are the ends of the last three."""
+    """Stages one after the other, each a sequence of blocks. The taps are what the last three make: their last blocks
+    or, with `all_blocks`, all their blocks, concatenated."""
+
+    def __init__(self, *stages: nn.Module, all_blocks: bool = False):
+        super().__init__(*stages)
+        self.all_blocks = all_blocks
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return list(accumulate(self, lambda x, stage: stage(x), initial=x))[-3:]
+        taps = []
+        for stage in self:
+            _, *maps = accumulate(stage if self.all_blocks else [stage], lambda x, block: block(x), initial=x)
+            taps.append(torch.cat(maps, 1) if len(maps) > 1 else maps[0])
+            x = maps[-1]
+        return taps[-3:]
 
 
 class Classifier(nn.Sequential):
@@ -327,8 +351,8 @@ class NB101(SearchSpace):
     spelling = ("[matrix, ops] as JSON: an upper-triangular 0/1 matrix of 2 to 7 vertices with a path from the first "
                 f"to the last and at most 9 edges; ops input, then {', '.join(OPS)}, then output")
 
-    def __init__(self, width: int = 16, cells: int = 3):
-        self.width, self.cells = width, cells
+    def __init__(self, width: int = 16, cells: int = 3, all_blocks: bool = False):
+        self.width, self.cells, self.all_blocks = width, cells, all_blocks
 
     def random(self, rng: random.Random) -> NB101Cell:
         n = self.VERTICES
@@ -381,9 +405,10 @@ class NB101(SearchSpace):
         graph = self.graph(arch, whole)
         width, cells = (128, 3) if whole else (self.width, self.cells)
         entries = conv_bn_relu(3, width, 3), nn.MaxPool2d(2), nn.MaxPool2d(2)
-        network = Stages()
+        network = Stages(all_blocks=self.all_blocks)
         for entry, c_in, c in zip(entries, (width, width, 2 * width), (width, 2 * width, 4 * width)):
-            network.append(nn.Sequential(entry, *(NB101Block(graph, c if i else c_in, c) for i in range(cells))))
+            first, *others = (NB101Block(graph, c if i else c_in, c) for i in range(cells))
+            network.append(nn.Sequential(nn.Sequential(entry, first), *others))
         return Classifier(network, 4 * width) if whole else network.apply(normal_init)
 
 
@@ -433,8 +458,8 @@ class NB201(SearchSpace):
         "202330": 92.7133, "340133": 93.64,
     }
 
-    def __init__(self, width: int = 16, cells: int = 5):
-        self.width, self.cells = width, cells
+    def __init__(self, width: int = 16, cells: int = 5, all_blocks: bool = False):
+        self.width, self.cells, self.all_blocks = width, cells, all_blocks
         self.labels = [(tuple(self.OPS[int(i)] for i in cell), value) for cell, value in self.ACCURACIES.items()]
 
     def random(self, rng: random.Random) -> tuple[str, ...]:
@@ -472,26 +497,44 @@ class NB201(SearchSpace):
         width, cells = (16, 5) if whole else (self.width, self.cells)
         if not graph[-1].inputs:
             return Nothing(width)
-        bare = {} if whole else {"affine": False, "track_running_stats": False}
-        ops = OPS | {"nor_conv_1x1": relu_conv(1, **bare), "nor_conv_3x3": relu_conv(3, **bare)}
+        norm = {} if whole else {"affine": False, "track_running_stats": False}
         entries = [conv_bn(3, width, 3)]
         for c in (width, 2 * width):
             body = nn.Sequential(relu_bn(conv(c, 2 * c, 3, stride=2)), relu_bn(conv(2 * c, 2 * c, 3)))
             entries.append(Sum(body, nn.Sequential(nn.AvgPool2d(2), conv(c, 2 * c, 1))))
-        network = Stages()
+        network = Stages(all_blocks=self.all_blocks)
         for entry, c in zip(entries, (width, 2 * width, 4 * width)):
-            network.append(nn.Sequential(entry, *(NB201Cell(graph, c, ops) for _ in range(cells))))
+            first, *others = (NB201Cell(graph, c, norm) for _ in range(cells))
+            network.append(nn.Sequential(nn.Sequential(entry, first), *others))
         return Classifier(network, 4 * width, tail=(nn.BatchNorm2d(4 * width), nn.ReLU())) if whole else network
 
 
 class NB201Cell(nn.Module):
-    def __init__(self, graph: Graph, width: int, ops: dict[str, Op]):
+    """A NAS-Bench-201 cell. Equal operations on the same node run as one, for a small network costs what its calls do:
+    convolutions as one with all their channels, pools once."""
+
+    def __init__(self, graph: Graph, width: int, norm: dict[str, bool]):
         super().__init__()
-        self.graph = graph
-        self.ops = nn.ModuleList(ops[vertex.op](width, 1) for vertex in graph[1:])
+        self.output = graph[-1].inputs
+        self.places: dict[Vertex, list[int]] = {}  # operation and what it reads -> where it stands in the graph
+        for place, vertex in enumerate(graph[1:-1], start=1):
+            self.places.setdefault(vertex, []).append(place)
+        self.ops = nn.ModuleList(
+            relu_bn(conv(width, len(places) * width, int(op[-1])), **norm) if "conv" in op else OPS[op](width, 1)
+            for (op, _), places in self.places.items())
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        return run_graph(self.graph, self.ops, [x])[-1]
+        maps, sums = {0: x}, {}
+
+        def node(inputs: tuple[int, ...]) -> Tensor:
+            if inputs not in sums:
+                sums[inputs] = sum((maps[i] for i in inputs[1:]), start=maps[inputs[0]])
+            return sums[inputs]
+
+        for ((op, inputs), places), module in zip(self.places.items(), self.ops):
+            made = module(node(inputs))
+            maps |= zip(places, made.chunk(len(places), 1) if "conv" in op else repeat(made))
+        return node(self.output)
 
 
 class Nothing(nn.Module):
@@ -515,8 +558,8 @@ class NBMacro(SearchSpace):
     spelling = "8 digits, each 0, 1 or 2"
     BLOCKS = {"1": (3, 3), "2": (5, 6)}  # kernel, expansion
 
-    def __init__(self, width: int = 32):
-        self.width = width  # of the stem
+    def __init__(self, width: int = 32, all_blocks: bool = False):
+        self.width, self.all_blocks = width, all_blocks  # width of the stem
 
     def random(self, rng: random.Random) -> str:
         return "".join(rng.choice("012") for _ in range(8))
@@ -537,11 +580,12 @@ class NBMacro(SearchSpace):
 
     def build(self, arch: str, whole: bool = False) -> nn.Module:
         width = 32 if whole else self.width
-        network = Stages(nn.Sequential(conv_bn_relu(3, width, 3)), nn.Sequential(), nn.Sequential())
-        strides, widths = (2 if whole else 1, 2, 2), (width, 2 * width, 4 * width)
-        for stage, digits, stride, c in zip(network, self.key(arch).split(), strides, widths):
-            stage.append(self.layer(digits[0], c, 2 * c, stride))
-            stage.extend(self.layer(digit, 2 * c, 2 * c, 1) for digit in digits[1:])
+        network = Stages(all_blocks=self.all_blocks)
+        entries, strides = ([conv_bn_relu(3, width, 3)], [], []), (2 if whole else 1, 2, 2)
+        for entry, digits, stride, c in zip(entries, self.key(arch).split(), strides, (width, 2 * width, 4 * width)):
+            first, *others = (self.layer(digit, 2 * c if i else c, 2 * c, 1 if i else stride)
+                              for i, digit in enumerate(digits))
+            network.append(nn.Sequential(nn.Sequential(*entry, first), *others))
         return Classifier(network, 1280, tail=[conv_bn_relu(8 * width, 1280, 1)]) if whole else network
 
     def layer(self, digit: str, c_in: int, c_out: int, stride: int) -> nn.Module:
@@ -589,8 +633,9 @@ class Cells(SearchSpace):
         True: ((32, 48, 64, 80, 96), (6, 10, 14, 18, 22), (32, 22)),
     }
 
-    def __init__(self, cells: str, fixed: bool = False, imagenet: bool = False):
-        self.name = cells + "-fix" * fixed + "-in" * imagenet
+    def __init__(self, cells: str, fixed: bool = False, imagenet: bool = False, shrink: int = 1,
+                 all_blocks: bool = False):
+        self.name, self.shrink, self.all_blocks = cells + "-fix" * fixed + "-in" * imagenet, shrink, all_blocks
         self.nodes, self.loose_ends, self.ops = CELL_SPACES[cells]
         self.fixed, self.imagenet, self.side = fixed, imagenet, 224 if imagenet else 32
         self.widths, self.depths, self.default = self.MACRO[imagenet]
@@ -685,7 +730,8 @@ class Cells(SearchSpace):
         return str(arch.genotype) if self.fixed else json.dumps(arch._asdict() | {"genotype": arch.genotype._asdict()})
 
     def build(self, arch: CellNet, whole: bool = False) -> nn.Module:
-        network = CellNetwork(self.graphs(arch, whole), arch.width, arch.depth, self.imagenet, whole)
+        width = arch.width if whole else arch.width // self.shrink
+        network = CellNetwork(self.graphs(arch, whole), width, arch.depth, self.imagenet, self.all_blocks, whole)
         return Classifier(network, network.out_width, 1000 if self.imagenet else 10) if whole else network
 
 
@@ -710,8 +756,10 @@ class CellNetwork(nn.Module):
     reduction cells, which halve the map and double the width. Taps: before these two, and at the end. Unless `whole`,
     an ImageNet stem has stride 1, and what reaches no tap is left out: cells, and the preparation of inputs."""
 
-    def __init__(self, graphs: list[Graph], width: int, depth: int, imagenet: bool, whole: bool = False):
+    def __init__(self, graphs: list[Graph], width: int, depth: int, imagenet: bool, all_blocks: bool = False,
+                 whole: bool = False):
         super().__init__()
+        self.all_blocks = all_blocks
         stride = 2 if whole else 1
         if imagenet:
             first = nn.Sequential(conv_bn_relu(3, width // 2, 3, stride), conv_bn(width // 2, width, 3, stride))
@@ -734,13 +782,14 @@ class CellNetwork(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         before = self.stem[0](x) if not self.needed.isdisjoint((-2, -1)) else None
         last = self.stem[1](before) if -1 in self.needed else None
-        maps, side = [], x.shape[-1]
+        taps, maps, side = [], [], x.shape[-1]
         for i, cell in enumerate(self.cells):
             before, last = last, cell and cell(before, last, x.new_zeros(len(x), cell.width, side, side))
+            maps += [] if last is None else [last]
             if i in self.taps:
-                maps.append(last)
-                side //= 2
-        return maps
+                taps.append(torch.cat(maps, 1) if self.all_blocks else last)
+                maps, side = [], side // 2
+        return taps
 
 
 class TwoInputCell(nn.Module):
@@ -804,8 +853,8 @@ class Residual(SearchSpace):
     """The residual spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`)."""
     task = "resnet"
 
-    def __init__(self, kind: str, imagenet: bool = False):
-        self.name = kind + "-in" * imagenet
+    def __init__(self, kind: str, imagenet: bool = False, all_blocks: bool = False):
+        self.name, self.all_blocks = kind + "-in" * imagenet, all_blocks
         self.choices, self.plain = RESIDUAL_SPACES[kind], kind == "resnet"
         self.imagenet, self.side = imagenet, 224 if imagenet else 32
         self.blocks = ("res_basic_block", "double_plain_block") if self.plain else ("res_bottleneck_block",)
@@ -855,14 +904,14 @@ class Residual(SearchSpace):
 
     def build(self, arch: ResidualNet, whole: bool = False) -> nn.Module:
         """The ReLU of a stage's last block opens the next stage, for taps are before it."""
-        stem, c_in, network = STEMS[arch.ss[0]](arch.ws[0], 2 if whole else 1), arch.ws[0], Stages()
+        entry: list[nn.Module] = STEMS[arch.ss[0]](arch.ws[0], 2 if whole else 1)  # ends in a ReLU or a pool of its own
+        c_in, network = arch.ws[0], Stages(all_blocks=self.all_blocks)
         for blocks, c, stride, *bottleneck in self.stages(arch):
-            layers: list[nn.Module] = []
+            network.append(nn.Sequential())
             for _ in range(blocks):
-                layers += [nn.ReLU(), residual_block(arch.block_type, c_in, c, stride, *bottleneck)]
-                c_in, stride = c, 1
-            network.append(nn.Sequential(*layers))
-        network[0] = nn.Sequential(*stem, *network[0][1:])  # the stem ends in a ReLU or a pool of its own
+                block = residual_block(arch.block_type, c_in, c, stride, *bottleneck)
+                network[-1].append(nn.Sequential(*entry, block))
+                c_in, stride, entry = c, 1, [nn.ReLU()]
         if whole:
             return Classifier(network, c_in, 1000 if self.imagenet else 10, tail=[nn.ReLU()])
         return network.apply(normal_init)

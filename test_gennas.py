@@ -582,14 +582,14 @@ def test_nb201_network_against_its_definition():
         x = torch.randn(2, 3, 32, 32, generator=rng_of(seed))
         taps = network(x)
         assert [tuple(tap.shape) for tap in taps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)]
-        for (entry, cell), tap in zip(network, taps):
+        for ((entry, cell),), tap in zip(network, taps):
             if tap is taps[0]:
                 x = conv_norm(x, entry)
             else:
                 (first, second), shortcut = entry
                 deep = conv_norm(F.relu(conv_norm(F.relu(x), first, stride=2)), second)
                 x = deep + F.conv2d(F.avg_pool2d(x, 2), shortcut[1].weight)
-            built = {vertex.op: op for vertex, op in zip(cell.graph[1:], cell.ops)}
+            built = {op: module for (op, _), module in zip(cell.places, cell.ops)}
             nodes = [x, 0 * x, 0 * x, 0 * x]
             for (i, j), op in zip(space.EDGES, arch):
                 if op == "skip_connect":
@@ -658,11 +658,11 @@ def test_bottlenecks_by_hand():
     first, second, third = network = space.build(parsed(space, BOTTLENECKS)).train()
     x = torch.randn(2, 3, 32, 32, generator=rng_of(3))
     taps = network(x)
-    x = plain_bottleneck(F.relu(conv_norm(x, first[0])), *first[1], groups=2)
+    x = plain_bottleneck(F.relu(conv_norm(x, first[0][0])), *first[0][1], groups=2)
     assert_close(taps[0], x, atol=1e-3, rtol=1e-3)
-    x = plain_bottleneck(F.relu(plain_bottleneck(F.relu(x), *second[1], stride=2)), *second[3])
+    x = plain_bottleneck(F.relu(plain_bottleneck(F.relu(x), *second[0][1], stride=2)), *second[1][1])
     assert_close(taps[1], x, atol=1e-3, rtol=1e-3)
-    assert_close(taps[2], plain_bottleneck(F.relu(x), *third[1], stride=2, groups=4), atol=1e-3, rtol=1e-3)
+    assert_close(taps[2], plain_bottleneck(F.relu(x), *third[0][1], stride=2, groups=4), atol=1e-3, rtol=1e-3)
 
 
 def test_darts_cell_by_hand():
@@ -730,8 +730,8 @@ def test_darts_key_of_a_convolution_of_nothing():
 
 def test_nothing_dead_is_built():
     space = NB201(width=4, cells=1)
-    cell = space.build(space.parse("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|nor_conv_3x3~0|none~1|none~2|"))[0][1]
-    assert [type(op) for op in cell.ops] == [nn.Sequential, nn.Identity]  # one convolution, and the output's sum
+    cell = space.build(space.parse("|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|nor_conv_3x3~0|none~1|none~2|"))[0][0][1]
+    assert [type(op) for op in cell.ops] == [nn.Sequential]  # one convolution
     taps = space.build(space.parse(DEAD))(torch.randn(2, 3, 32, 32))
     assert [tuple(tap.shape) for tap in taps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)]
     assert not any(tap.any() for tap in taps)
@@ -1075,31 +1075,77 @@ def test_equal_keys_equal_scores():
         assert regression(space, archs[0]) == regression(space, archs[-1])
 
 
-def test_batch_statistics():
-    """The body normalises by the batch at hand in eval() too; the heads keep their running statistics."""
-    space = NB201(width=4, cells=1)
-    reg = Regression(small_task(), images(), Settings())
-    body = space.build(space.parse(RICH))
-    torch.func.replace_all_batch_norm_modules_(body)
-    network = gennas.Heads(body, reg.inputs, reg.targets).train()
-    for _ in range(3):
-        outputs, taps = network(reg.inputs), network.body(reg.inputs)
-    network.eval()
-    for tap, other in zip(taps, network.body(reg.inputs)):
-        assert torch.equal(tap, other)
-    assert not any(torch.allclose(x, y, atol=1e-3) for x, y in zip(outputs, network(reg.inputs)))
-    arch, settings = space.parse(RICH), Settings(steps=3)
-    kept, running = (Regression(small_task(), images(), replace(settings, batch_statistics=flag))(space, arch)
-                     for flag in (True, False))
-    assert kept[:-1] == running[:-1] and kept[-1] != running[-1]  # the stem and the reductions have running statistics
+def plain_ridge(features: np.ndarray, target: np.ndarray, ridge: float) -> float:
+    """By numpy's least squares, on the features with sqrt(ridge N) I below them, and below the target zeros."""
+    n, c = features.shape
+    features = (features - features.mean(0)) / np.sqrt(features.var(0) + 1e-5)
+    below = np.vstack([features, math.sqrt(ridge * n) * np.eye(c)]), np.vstack([target, np.zeros((c, target.shape[1]))])
+    head = np.linalg.lstsq(*below, rcond=None)[0]
+    return ((features @ head - target) ** 2).mean() + ridge * (head ** 2).sum() / target.shape[1]
 
 
-def test_log_score():
-    """log(1 + loss); the training is the same."""
-    space, settings = NB201(width=4, cells=1), Settings(steps=3, stage_weights=(0.0, 1.0, 0.0))
-    plain, log = (Regression(small_task(), images(), replace(settings, log_score=flag))(space, space.parse(RICH))
-                  for flag in (False, True))
-    assert plain[:-1] == log[:-1] and log[-1] == pytest.approx(math.log(1 + plain[-1]), rel=1e-6)
+@pytest.mark.parametrize("n, c", [(40, 7), (12, 30), (9, 9), (16, 1)])
+def test_ridge_loss(n, c):
+    """The two forms are the best head's loss; the gradient is that of the solution differentiated throughout."""
+    features = torch.randn(n, c, generator=rng_of(n), dtype=torch.double, requires_grad=True)
+    target = torch.randn(n, 5, generator=rng_of(c), dtype=torch.double)
+    target -= target.mean(0)
+    loss = gennas.ridge_loss(features, target, 0.3)
+    assert loss.item() == pytest.approx(plain_ridge(features.detach().numpy(), target.numpy(), 0.3), rel=1e-9)
+    f = F.batch_norm(features, None, None, training=True)
+    head = torch.linalg.solve(f.T @ f + 0.3 * n * torch.eye(c), f.T @ target)
+    whole = F.mse_loss(f @ head, target) + 0.3 * head.square().sum() / 5
+    assert_close(*(torch.autograd.grad(x, features)[0] for x in (loss, whole)))
+    single = gennas.ridge_loss(features.detach().float(), target.float(), 1e-3)
+    assert single.item() == pytest.approx(plain_ridge(features.detach().numpy(), target.numpy(), 1e-3), rel=1e-3)
+
+
+class Taps(nn.Module):
+    """A network whose taps are its images, resized, with the channels repeated and scaled."""
+
+    def __init__(self, side: int, repeats: int, scale: float):
+        super().__init__()
+        self.side, self.repeats = side, repeats
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.scale * F.interpolate(x, size=self.side).repeat(1, self.repeats, 1, 1)] * 3
+
+
+@pytest.mark.parametrize("side", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("repeats, scale", [(1, 1.0), (300, 1.0), (1, 0.0)])
+def test_solved_heads_of_a_network(side, repeats, scale):
+    """A tap that is smaller than the target has the target's means to regress; of a zero tap all of it is left."""
+    space = Linear()
+    space.build = lambda arch: Taps(side, repeats, scale)
+    task = replace(small_task(), noise=Noise("uniform", 0))
+    reg = Regression(task, images(), Settings(steps=0, batch=4, ridge=0.1))
+    score, = reg(space, "a")
+    small = min(side, 8)
+    expected = 0
+    for weight, target in zip((0.25, 0.5, 1), task.draw(images()[:4], 0, 4, 8)):
+        f = scale * F.interpolate(F.interpolate(images()[:4], size=side), size=small).repeat(1, repeats, 1, 1)
+        f, y = (x.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for x in (f, F.adaptive_avg_pool2d(target, small)))
+        expected += weight * plain_ridge(f, y - y.mean(0), 0.1)
+    assert score == pytest.approx(expected, rel=1e-4)
+    assert len(Regression(task, images(), Settings(steps=2, batch=4, ridge=0.1))(space, "a")) == 3
+
+
+@pytest.mark.parametrize("space, task", [(NB201(4, 1), small_task()), (NBNLP((8, 9, 9, 8), True), small_rnn_task())])
+def test_solved_heads_train_the_network(space, task):
+    arch, pictures = space.random(random.Random(4)), images() if isinstance(task, Task) else None
+    settings = Settings(steps=20, ridge=0.1, rnn_learning_rate=0.005)
+    first, *_, last, _ = Regression(replace(task, noise=Noise("uniform", 0)), pictures, settings)(space, arch)
+    assert last < 0.995 * first
+
+
+def test_relative_score():
+    """The weighted log of what is left of each stage's loss; the training is the same."""
+    space, settings = NB201(4, 1), Settings(steps=3, ridge=0.1, stage_weights=(0.0, 2.0, 0.0))
+    plain, relative = (Regression(small_task(), images(), replace(settings, relative=flag))(space, space.parse(RICH))
+                       for flag in (False, True))
+    assert plain[:-1] == relative[:-1]
+    assert relative[-1] == pytest.approx(2 * math.log(plain[-1] / plain[0]), abs=1e-5)
 
 
 def test_regression_takes_as_many_and_as_small_images_as_the_settings_say():
@@ -1112,16 +1158,20 @@ def test_regression_takes_as_many_and_as_small_images_as_the_settings_say():
     assert torch.equal(big, images()[:1, :, :4, :4].repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-@pytest.mark.parametrize("space, preset, steps, side, width", [
-    ("nb201", "paper", 100, 32, 16), ("nb201", "fast", 44, 32, 4), ("nbmacro", "fast", 72, 16, None),
-    ("resnext-a-in", "fast", 24, 16, None)])
+@pytest.mark.parametrize("space, preset, steps, side, width", [("nb201", "paper", 100, 32, 16), ("nb201", "fast", 12, 24, 8)])
 def test_presets_in_a_space(space, preset, steps, side, width):
     trainer = Trainer(space, preset)
     assert (trainer.settings.steps, trainer.settings.side) == (steps, side)
-    assert Trainer(space, preset, 7).settings == replace(trainer.settings, steps=7)
-    if width:
-        assert trainer.space.build(trainer.space.parse(RICH))[0][0][0].out_channels == width
-    assert set(search_spaces.CELL_SPACES) <= set(gennas.EXCEPTIONS["fast"])
+    assert Trainer(space, preset, 0).settings == replace(trainer.settings, steps=0)
+    assert trainer.space.build(trainer.space.parse(RICH))[0][0][0][0].out_channels == width
+
+
+def test_presets_name_families():
+    families = {name.split("-")[0] for name in search_spaces.SPACES}
+    for name, presets in gennas.PRESETS.items():
+        assert set(presets) <= families | {""}
+        assert all((preset.settings.ridge is None) == (name == "paper") for preset in presets.values())
+    assert gennas.Trainer("darts", "paper").task_name == "darts" and set(gennas.PRESETS["fast"]) >= families
 
 
 def test_devices(monkeypatch):
@@ -1136,12 +1186,13 @@ def test_devices(monkeypatch):
 
 def test_no_step_waits_for_the_device():
     space = NB201(width=4, cells=1)
-    regression = Regression(small_task(), images(), Settings(steps=3))
-    with torch.profiler.profile() as profile:
-        regression(space, space.parse(RICH))
-    calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["aten::convolution_backward"] == 3 * 22
-    assert not {"aten::item", "aten::_local_scalar_dense"} & calls.keys()
+    for ridge, convolutions in ((None, 14), (0.1, 11)):  # those of 1x1 but the heads are matrix products
+        regression = Regression(small_task(), images(), Settings(steps=3, ridge=ridge))
+        with torch.profiler.profile() as profile:
+            regression(space, space.parse(RICH))
+        calls = {event.key: event.count for event in profile.key_averages()}
+        assert calls["aten::convolution_backward"] == 3 * convolutions
+        assert not {"aten::item", "aten::_local_scalar_dense"} & calls.keys()
 
 
 def test_diverged_networks_rank_last_and_are_marked():
@@ -1785,7 +1836,7 @@ def wrong_files(tmp_path_factory) -> Path:
 
 WRONG = [  # words of the command line, what the message must say
     ("--space nb999", "nb999", "nb201"), ("--mode paint", "paint", "search"), ("--preset slow", "slow", "paper"),
-    ("--steps 0", "steps", "from 1 up"), ("--steps 99999999999999999999", "steps", "from 1 up"),
+    ("--steps -1", "steps", "expected"), ("--steps 99999999999999999999", "steps", "from 0 up"),
     ("--population x", "population", "whole number"),
     ("--population 5 --tournament 10", "tournament 10", "at most the population"),
     ("--batch 51", "batch 51", "at most the population"), ("--seed -1", "seed"), ("--nonsense", "nonsense"),
@@ -1808,7 +1859,7 @@ WRONG = [  # words of the command line, what the message must say
     ("--task task.json", "task.json", "task.noise.level", "0 to 10", "99"),
     ("--task long.json", "expected an object"), ("--images absent.npz", "absent.npz", "No such file"),
     ("--images text.npz", "text.npz", "expected"), ("--images text.txt", "text.txt", "python batch"),
-    ("--images grey.npy", "grey.npy", "(20, 32, 32)"), ("--images few.npy", "few.npy", "3 images, 8 are needed"),
+    ("--images grey.npy", "grey.npy", "(20, 32, 32)"), ("--images few.npy", "few.npy", "3 images, 16 are needed"),
     ("--images range.npy", "range.npy", "[0, 1]"), ("--images flat.npy", "flat.npy", "same everywhere"),
     ("--images long.npy", "long.npy", "int64"), ("--images empty", "empty", "data_batch_1"),
     ("--device abacus", "abacus"), ("--device hpu", "hpu", "cuda:N"), ("--device privateuseone", "privateuseone"),
@@ -1974,7 +2025,7 @@ def test_readme_space(tmp_path):
 @pytest.mark.parametrize("right, wrong, wanted", [
     ("def mutate", "def change", ["has no mutate"]), ("class Plain", "class Fancy", ["no attribute 'Plain'"]),
     ("class Plain:", "class Plain:\n    task = 'guess'", ["unknown task 'guess'", "combo"]),
-    ("enumerate(arch)", "enumerate(arch[:1])", ["expected 3 feature maps, one for each target, not 2"]),
+    ("enumerate(arch)", "enumerate(arch[:1])", ["expected 3 feature maps, one for each target, not 1"]),
     ("widths[i + 1], kernel", "widths[i] + 1, kernel", ["RuntimeError: "]),
     ("return self.format(arch)", "return arch.key\n", ["AttributeError: "]),
     ("return self.format(arch)", "raise SystemExit\n", ["SystemExit:"]),
@@ -2018,9 +2069,11 @@ def test_readme_python(code, tmp_path, monkeypatch):
     result = {"preset": "fast", "seconds_per_arch": 1.0, "spearman": 0.5, "spearman_ci": [0.4, 0.6]}
     runs = [json.dumps(result | {"space": name}) for name in ("nb201", "nb101")]
     Path("frontier.jsonl").write_text("\n".join(runs))
-    for name, settings in gennas.PRESETS.items():
-        monkeypatch.setitem(gennas.PRESETS, name, replace(settings, steps=1))
-    monkeypatch.setitem(gennas.EXCEPTIONS["fast"], "nb201", ({}, {"width": 4, "cells": 1}))
+    for presets in gennas.PRESETS.values():
+        for family, preset in presets.items():
+            monkeypatch.setitem(presets, family, preset._replace(settings=replace(preset.settings, steps=1)))
+    monkeypatch.setitem(gennas.PRESETS["fast"], "nb201",
+                        gennas.PRESETS["fast"]["nb201"]._replace(sizes={"width": 4, "cells": 1}))
     archs = [NB201().format(NB201().random(random.Random(seed))) for seed in range(12)]
     Path("nb201.json").write_text(json.dumps([[arch, number] for number, arch in enumerate(archs)]))
     exec(code, {})
