@@ -626,7 +626,8 @@ CELL_SPACES = {  # nodes of a cell; whether the output has only the loose ends, 
 
 class Cells(SearchSpace):
     """The cell spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`), width and depth free or fixed.
-    The ImageNet network's values are those of its records; the CIFAR network's could not be compared with records."""
+    The ImageNet network's values are those of its records; the CIFAR network's could not be compared with records. The
+    network to regress with has a `shrink`-th of the channels."""
     task = "darts"
     MACRO = {  # imagenet -> widths, depths, fixed width and depth; the fixed CIFAR ones are a choice made here
         False: ((16, 24, 32), (4, 8, 12, 16, 20), (16, 20)),
@@ -850,11 +851,12 @@ def residual_block(kind: str, c_in: int, c: int, stride: int, mid: int, groups: 
 
 
 class Residual(SearchSpace):
-    """The residual spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`)."""
+    """The residual spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`). The blocks of the network
+    to regress with have a `shrink`-th of the channels."""
     task = "resnet"
 
-    def __init__(self, kind: str, imagenet: bool = False, all_blocks: bool = False):
-        self.name, self.all_blocks = kind + "-in" * imagenet, all_blocks
+    def __init__(self, kind: str, imagenet: bool = False, shrink: int = 1, all_blocks: bool = False):
+        self.name, self.shrink, self.all_blocks = kind + "-in" * imagenet, shrink, all_blocks
         self.choices, self.plain = RESIDUAL_SPACES[kind], kind == "resnet"
         self.imagenet, self.side = imagenet, 224 if imagenet else 32
         self.blocks = ("res_basic_block", "double_plain_block") if self.plain else ("res_bottleneck_block",)
@@ -906,10 +908,12 @@ class Residual(SearchSpace):
         """The ReLU of a stage's last block opens the next stage, for taps are before it."""
         entry: list[nn.Module] = STEMS[arch.ss[0]](arch.ws[0], 2 if whole else 1)  # ends in a ReLU or a pool of its own
         c_in, network = arch.ws[0], Stages(all_blocks=self.all_blocks)
-        for blocks, c, stride, *bottleneck in self.stages(arch):
+        shrink = 1 if whole else self.shrink
+        for blocks, c, stride, mid, groups in self.stages(arch):
             network.append(nn.Sequential())
+            c, mid = c // shrink, groups and max(mid // shrink // groups, 1) * groups
             for _ in range(blocks):
-                block = residual_block(arch.block_type, c_in, c, stride, *bottleneck)
+                block = residual_block(arch.block_type, c_in, c, stride, mid, groups)
                 network[-1].append(nn.Sequential(*entry, block))
                 c_in, stride, entry = c, 1, [nn.ReLU()]
         if whole:

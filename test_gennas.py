@@ -1167,7 +1167,7 @@ def test_presets_in_a_space(space, preset, steps, side, width):
 
 
 def test_presets_name_families():
-    families = {name.split("-")[0] for name in search_spaces.SPACES}
+    families = {name.removesuffix("-in").removesuffix("-fix") for name in search_spaces.SPACES}
     for name, presets in gennas.PRESETS.items():
         assert set(presets) <= families | {""}
         assert all((preset.settings.ridge is None) == (name == "paper") for preset in presets.values())
@@ -1738,7 +1738,7 @@ def test_limits_that_few_meet():
 
 
 def test_recurrent_command_line(run, monkeypatch):
-    monkeypatch.setitem(search_spaces.SPACES, "nbnlp", lambda **sizes: NBNLP((6, 8, 6), **sizes))
+    monkeypatch.setitem(search_spaces.SPACES, "nbnlp", lambda **sizes: NBNLP((6, 8, 6), reservoir=True))
     base = ["--space", "nbnlp", "--json"]
     result = last_json(run(*base, "--population", 3, "--tournament", 2, "--cycles", 3)[1])
     assert NBNLP().params(NBNLP().parse(result["arch"])) == result["params"]
