@@ -1053,7 +1053,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         # the first layer of a stage has no shortcut: one that does something loses signal, which a loss punishes at once
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32, relative=True),
                           {"width": 8, "all_blocks": True}, "combo"),
-        "nbnlp": Preset(replace(FAST, steps=60, rnn_learning_rate=0.005),
+        "nbnlp": Preset(replace(FAST, steps=60, rnn_learning_rate=0.003),
                         {"reservoir": True, "widths": (100, 150, 150, 100)}),
         **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
         **dict.fromkeys(("resnet", "resnext-a"), RESIDUAL),
