@@ -376,8 +376,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.body = body
         self.encoder = nn.Linear(dimension, body.width)
-        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.decoder = nn.Linear(body.width, dimension) if decoder else nn.Identity()
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         if decoder:
             nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
             nn.init.zeros_(self.decoder.bias)
