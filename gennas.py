@@ -326,7 +326,7 @@ class Settings:
     side: int = 32  # of the images
     size: int = 8  # side of the targets, length of the sequences
     ridge: float | None = None  # the penalty of solved heads; None: the heads are trained, as the network is
-    relative: bool = False  # the score: the log of each loss less that of the untrained network
+    relative: bool = False  # the score sums the logs of final over first losses; not with 0 steps, where these are one
 
 
 def rows(x: Tensor) -> Tensor:
@@ -354,6 +354,11 @@ def ridge_loss(features: Tensor, target: Tensor, ridge: float) -> Tensor:
     return F.mse_loss(features @ head, target) + ridge * head.square().sum() / target.shape[1]
 
 
+def check_taps(taps: list, targets: list) -> None:
+    if len(taps) != len(targets):
+        raise ValueError(f"expected {len(targets)} feature maps, one for each target, not {len(taps)}")
+
+
 class TrainedHeads(nn.Module):
     """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to a target's channels."""
 
@@ -362,6 +367,7 @@ class TrainedHeads(nn.Module):
         self.body, self.size = body.eval(), targets[0].shape[2:]
         with torch.no_grad():  # of two images, for some batch norms use the batch's own statistics in eval() too
             widths = [tap.shape[1] for tap in body(images[:2])]
+        check_taps(widths, targets)
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
                                    for width, target in zip(widths, targets))
 
@@ -389,11 +395,12 @@ class Encoder(nn.Module):
 class Regression:
     """The regression of one task on one batch of images, the same targets for every architecture (paper, 3.1).
 
-    `regression(space, arch)` trains the network and returns its losses at all steps and, last, what eval() mode gives
-    after them: the score, lower is better. It is a pure function of (space, space.key(arch), task, images, settings,
-    seed) and the kind of device: weights, noise and dropout are seeded by space, key and seed, and the state of the
-    global generators is put back. `images`: as `load_images` gives them, the first settings.batch are taken and made
-    settings.side pixels wide; None for a recurrent task, whose input is a signal.
+    `regression(space, arch)` trains the network and returns its losses at all steps and, last, the score, lower is
+    better: what eval() mode gives after them or, with settings.relative, how that compares with the untrained network.
+    It is a pure function of (space, space.key(arch), task, images, settings, seed) and the kind of device: weights,
+    noise and dropout are seeded by space, key and seed, and the state of the global generators is put back. `images`:
+    as `load_images` gives them, the first settings.batch are taken and made settings.side pixels wide; None for a
+    recurrent task, whose input is a signal.
 
     The paper trains a linear head on each tap along with the network. With settings.ridge the heads are solved for
     instead, exactly and at every step, and only the network is trained: the loss tells from the first step on what the
@@ -407,6 +414,7 @@ class Regression:
         drawn = task.draw(images, seed, settings.batch, settings.size)
         tensors = [x[:, 0] for x in drawn] if isinstance(task, RnnTask) else [images, *drawn]
         self.inputs, *self.targets = map(self.place, tensors)
+        self.solved_for: dict[tuple[int, int], Tensor] = {}  # stage, side of its tap -> rows of the target, mean 0
         self.weights = settings.stage_weights[-len(self.targets):]
         self.stage_weights = torch.tensor([weight for weight in self.weights if weight], device=self.device)
 
@@ -462,21 +470,23 @@ class Regression:
     def stage_losses(self, network: nn.Module) -> Tensor:
         """Of each tap whose loss counts, on the inputs with fresh noise."""
         outputs = network(self.inputs + self.noise())
-        if len(outputs) != len(self.targets):
-            raise ValueError(f"expected {len(self.targets)} feature maps, one for each target, not {len(outputs)}")
-        loss = F.mse_loss if self.settings.ridge is None else self.solved_loss
-        pairs = itertools.compress(zip(outputs, self.targets), self.weights)
-        return torch.stack([loss(output, target) for output, target in pairs])
+        check_taps(outputs, self.targets)
+        counting = [(stage, outputs[stage]) for stage, weight in enumerate(self.weights) if weight]
+        if self.settings.ridge is None:
+            return torch.stack([F.mse_loss(output, self.targets[stage]) for stage, output in counting])
+        return torch.stack([self.solved_loss(stage, output) for stage, output in counting])
 
-    def solved_loss(self, features: Tensor, target: Tensor) -> Tensor:
-        """A tap larger than the target is resized; a smaller one is compared with the target's means over its pixels:
-        no head could tell the rest."""
+    def solved_loss(self, stage: int, features: Tensor) -> Tensor:
+        """A tap larger than the target is resized. A smaller one is compared with the target's means over its pixels,
+        as no head can tell the rest; so taps should have the same size for all architectures."""
+        target = self.targets[stage]
         if target.ndim == 4 and features.shape[2] > target.shape[2]:
             features = F.interpolate(features, size=target.shape[2:])
-        elif target.ndim == 4:
-            target = F.adaptive_avg_pool2d(target, features.shape[2:])
-        target = rows(target)
-        return ridge_loss(rows(features), target - target.mean(0), self.settings.ridge)
+        if (stage, features.shape[2]) not in self.solved_for:
+            maps = target.cpu()  # not all devices have this pool for all sizes
+            wanted = rows(F.adaptive_avg_pool2d(maps, features.shape[2:]) if maps.ndim == 4 else maps)
+            self.solved_for[stage, features.shape[2]] = (wanted - wanted.mean(0)).to(self.device)
+        return ridge_loss(rows(features), self.solved_for[stage, features.shape[2]], self.settings.ridge)
 
     def noise(self) -> Tensor:
         noise, drawn = self.task.noise, torch.empty_like(self.inputs)
@@ -1037,7 +1047,7 @@ class Preset(NamedTuple):
     task: str | None = None  # by default the one of the space
 
 
-FAST = Settings(steps=16, learning_rate=1.0, side=16, ridge=1.0)
+FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.003, side=16, ridge=1.0)
 CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, "combo")
 RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, "combo")
 # preset -> family of spaces -> how it is scored; "": those that are not named, and spaces of your own
@@ -1047,14 +1057,13 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "": Preset(FAST),
         # stage 1 ranks these two backwards
         "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True}),
-        # its small networks are better told apart on larger images, and a learning rate of 1 is too much for them
+        # small networks are told apart better on larger images; a learning rate of 1 is too much for them
         "nb201": Preset(replace(FAST, steps=12, learning_rate=0.3, side=24, stage_weights=(0.0, 0.5, 1.0)),
                         {"width": 8, "cells": 2, "all_blocks": True}),
-        # the first layer of a stage has no shortcut: one that does something loses signal, which a loss punishes at once
+        # the first layer of a stage has no shortcut: one that does something loses signal, which early losses punish
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32, relative=True),
                           {"width": 8, "all_blocks": True}, "combo"),
-        "nbnlp": Preset(replace(FAST, steps=60, rnn_learning_rate=0.003),
-                        {"reservoir": True, "widths": (100, 150, 150, 100)}),
+        "nbnlp": Preset(replace(FAST, steps=60), {"reservoir": True, "widths": (100, 150, 150, 100)}),
         **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
         **dict.fromkeys(("resnet", "resnext-a"), RESIDUAL),
         "resnext-b": RESIDUAL._replace(sizes={"shrink": 4} | RESIDUAL.sizes),
@@ -1390,15 +1399,17 @@ def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]]
     merits = [-loss for loss in losses]
     rho, tau, (low, high) = spearman(merits, values), kendall(merits, values), spearman_interval(merits, values)
     by_params = spearman([int(scorer.space.params(arch)) for arch in archs], values)
-    best = [place for place, value in enumerate(values) if value >= np.quantile(values, 0.8)]
-    among_best = spearman(*([side[place] for place in best] for side in (merits, values)))
-    ten_best = float(np.mean([values[place] for place in np.argsort(losses, kind="stable")[:10]]))
+    best = np.flatnonzero(values >= np.quantile(values, 0.8))
+    among_best = spearman(np.take(merits, best), np.take(values, best)) if len(best) >= LEAST else math.nan
+    ten_best = float(np.take(values, np.argsort(losses, kind="stable")[:10]).mean())
     keys = scorer.keys(task, archs)
     seconds = float(np.mean([scorer.scores[key].seconds for key in keys]))
     by_loss, by_label = ranks(losses), ranks([-value for value in values])  # 1: the best
-    furthest = list({keys[place]: place for place in np.argsort(abs(by_loss - by_label), kind="stable")}.values())
+    places: dict[str, int] = {}  # a network once, where it is furthest off
+    for place in np.argsort(-abs(by_loss - by_label), kind="stable"):
+        places.setdefault(keys[place], place)
     furthest = [{"arch": scorer.space.format(archs[place]), "rank_by_score": float(by_loss[place]),
-                 "rank_by_label": float(by_label[place])} for place in furthest[:-SHOWN - 1:-1]]
+                 "rank_by_label": float(by_label[place])} for place in list(places.values())[:SHOWN]]
     interval = f"[{low:.3f}, {high:.3f}]" if len(labels) >= LEAST else f"(no interval below {LEAST} architectures)"
     summary = f"spearman {rho:.3f} {interval}, kendall {tau:.3f}, {len(labels)} architectures"
     print_line(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}; diverged: {losses.count(math.inf)}; "
@@ -1412,7 +1423,7 @@ def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]]
                     {"": (ranks(losses), ranks(values), ".")}))
     return {"n": len(labels), "spearman": finite(rho), "spearman_ci": [finite(low), finite(high)],
             "kendall": finite(tau), "spearman_params": finite(by_params), "spearman_best_fifth": finite(among_best),
-            "mean_of_ten_best": ten_best, "furthest": furthest, "seconds_per_arch": seconds}
+            "mean_of_ten_best": finite(ten_best), "furthest": furthest, "seconds_per_arch": seconds}
 
 
 def run_search_task(scorer: Scorer, kind: type[AnyTask], first: AnyTask | None, labels: list[tuple[Any, float]],
@@ -1491,7 +1502,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("arch", nargs="*", metavar="ARCH", help="to score, in their benchmark's spelling; - reads stdin, one a line")
     option("--space", required=True, metavar="NAME", help=f"{', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
     option("--mode", choices=MODES, default="search", help="search is the default; show draws the task's signals")
-    option("--task", metavar="NAME|FILE.json", help=f"{', '.join(TASKS)}, or a file; default: the one of the space")
+    option("--task", metavar="NAME|FILE.json", help=f"{', '.join(TASKS)}, or a file; default: that of the space")
     option("--preset", choices=PRESETS, default="fast", help="how a network is trained (default fast)")
     option("--steps", type=whole(0), metavar="N", help="training steps, instead of the preset's; 0 trains nothing")
     option("--images", default="synthetic", metavar="synthetic|PATH", help=IMAGE_FILES)

@@ -852,7 +852,7 @@ def residual_block(kind: str, c_in: int, c: int, stride: int, mid: int, groups: 
 
 class Residual(SearchSpace):
     """The residual spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`). The blocks of the network
-    to regress with have a `shrink`-th of the channels."""
+    to regress with have a `shrink`-th of the channels, but of their groups at least one each."""
     task = "resnet"
 
     def __init__(self, kind: str, imagenet: bool = False, shrink: int = 1, all_blocks: bool = False):

@@ -1196,7 +1196,8 @@ def test_regression_takes_as_many_and_as_small_images_as_the_settings_say():
     assert torch.equal(big, images()[:1, :, :4, :4].repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-@pytest.mark.parametrize("space, preset, steps, side, width", [("nb201", "paper", 100, 32, 16), ("nb201", "fast", 12, 24, 8)])
+@pytest.mark.parametrize("space, preset, steps, side, width", [
+    ("nb201", "paper", 100, 32, 16), ("nb201", "fast", 12, 24, 8)])
 def test_presets_in_a_space(space, preset, steps, side, width):
     trainer = Trainer(space, preset)
     assert (trainer.settings.steps, trainer.settings.side) == (steps, side)
@@ -1831,6 +1832,36 @@ def test_correlate(run, tmp_path):
     merits = [-entry["loss"] for entry in scored]
     assert result["spearman"] == gennas.spearman(merits, values)
     assert result["spearman_ci"] == list(gennas.spearman_interval(merits, values))
+
+
+class Known(Linear):
+    """Architectures are their own losses as text; what comes after a letter is another spelling of the same network."""
+
+    def key(self, arch):
+        return arch.split("x")[0]
+
+    def params(self, arch):
+        return len(arch)
+
+
+def test_correlate_names_the_networks_furthest_off(capsys):
+    """Each once, by its worst place; among fifty, the best fifth are ten."""
+    space = Known()
+    trainer = trainer_for(space, regression=lambda task, seed: lambda space, arch: [float(space.key(arch))])
+    labels = [(f"{place}", -float(place)) for place in range(50)]
+    labels[7] = "7", -49.5  # the last by label
+    labels += [("3x", -3.0), ("30x", 100.0), ("nan", -60.0)]
+    result = gennas.run_correlate(Scorer(trainer), small_task(), labels, None)
+    furthest = [(network["arch"], network["rank_by_score"], network["rank_by_label"]) for network in result["furthest"]]
+    by_loss = gennas.ranks([float(space.key(arch)) if arch != "nan" else 1e9 for arch, _ in labels])[[7, 51]]
+    assert sorted(furthest[:2]) == sorted([("7", by_loss[0], 52.0), ("30x", by_loss[1], 1.0)])
+    assert len(furthest) == 5 and len({space.key(arch) for arch, *_ in furthest}) == 5
+    best = sorted(labels, key=lambda pair: -pair[1])[:11]
+    assert result["spearman_best_fifth"] == pytest.approx(
+        gennas.spearman([-float(space.key(arch)) for arch, _ in best], [value for _, value in best]))
+    ten = [0, -1, -2, -3, -3, -4, -5, -6, -49.5, -8]
+    assert result["mean_of_ten_best"] == pytest.approx(np.mean(ten))
+    assert "furthest off" in capsys.readouterr().out
 
 
 def test_show(run, tmp_path):
