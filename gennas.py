@@ -1411,9 +1411,10 @@ def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]]
     furthest = [{"arch": scorer.space.format(archs[place]), "rank_by_score": float(by_loss[place]),
                  "rank_by_label": float(by_label[place])} for place in list(places.values())[:SHOWN]]
     interval = f"[{low:.3f}, {high:.3f}]" if len(labels) >= LEAST else f"(no interval below {LEAST} architectures)"
+    in_fifth = f"spearman {among_best:.3f}" if len(best) >= LEAST else f"fewer than {LEAST} architectures"
     summary = f"spearman {rho:.3f} {interval}, kendall {tau:.3f}, {len(labels)} architectures"
     print_line(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}; diverged: {losses.count(math.inf)}; "
-               f"{seconds:.2f} s a network\namong the best fifth by label: spearman {among_best:.3f}; the ten best by "
+               f"{seconds:.2f} s a network\namong the best fifth by label: {in_fifth}; the ten best by "
                f"score: mean label {ten_best:.6g}\nfurthest off (rank by score, by label; 1 is the best):")
     for network in furthest:
         print_line(f"{network['rank_by_score']:>8g} {network['rank_by_label']:>8g}  {network['arch']}")
