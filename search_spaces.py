@@ -197,8 +197,8 @@ class FactorizedReduction(nn.Module):
         return self.bn(torch.cat([self.halves[0](x), self.halves[1](x[:, :, 1:, 1:])], 1))
 
 
-def relu_conv(kernel: int, **norm: bool) -> Op:
-    return lambda c, stride: relu_bn(conv(c, c, kernel, stride), **norm)
+def relu_conv(kernel: int) -> Op:
+    return lambda c, stride: relu_bn(conv(c, c, kernel, stride))
 
 
 def separable(kernel: int, dilation: int = 1) -> Op:
@@ -226,7 +226,7 @@ OPS: dict[str, Op] = {
     "max_pool_7x7": lambda c, stride: nn.MaxPool2d(7, stride, 3),
     "conv1x1-bn-relu": lambda c, stride: conv_bn_relu(c, c, 1, stride),
     "conv3x3-bn-relu": lambda c, stride: conv_bn_relu(c, c, 3, stride),
-    "nor_conv_1x1": relu_conv(1), "nor_conv_3x3": relu_conv(3), "conv_1x1": relu_conv(1), "conv_3x3": relu_conv(3),
+    "conv_1x1": relu_conv(1), "conv_3x3": relu_conv(3),
     "conv_3x1_1x3": factorized(3), "conv_7x1_1x7": factorized(7),
     "sep_conv_3x3": twice(separable(3)), "sep_conv_5x5": twice(separable(5)), "sep_conv_7x7": twice(separable(7)),
     "dil_conv_3x3": separable(3, dilation=2), "dil_conv_5x5": separable(5, dilation=2),
