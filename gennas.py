@@ -41,7 +41,7 @@ import reprlib
 import sys
 from collections import Counter, deque
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from multiprocessing import connection, get_context
@@ -194,8 +194,26 @@ class Stage(Checked):
 Parts = dict[str, tuple[tuple[Signal, ...], Shape]]  # name of a tensor -> the signals that it sums, and its shape
 
 
+@dataclass(frozen=True)
+class Weight(Checked):
+    """A summand of a score: `weight` times what `term` names (see `terms`), cut off below `low` and above `high`. The
+    paper's score, and the default, is PAPER: the loss after the last step and no other term."""
+    term: str
+    weight: float
+    low: float | None = None  # None: no limit
+    high: float | None = None
+
+    def __call__(self, value: float) -> float:
+        low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+        return self.weight * min(max(value, low), high)
+
+
 class AnyTask(Checked):
     """What the tasks of CNNs and of recurrent networks, which say what `parts` they have, share."""
+
+    def unweighted(self) -> AnyTask:
+        """The same signals with the paper's weights: what a network is trained on does not depend on the weights."""
+        return replace(self, weights=PAPER)
 
     def draw(self, images: Tensor | None, seed: int, batch: int = 16, size: int = 8) -> list[Tensor]:
         """The tensors (B, C, H, W) of all parts, from (task, images, seed) alone: sums of level * maps."""
@@ -213,9 +231,10 @@ class AnyTask(Checked):
 
 @dataclass(frozen=True)
 class Task(AnyTask):
-    """What a CNN must regress at its three taps, and the noise on its input."""
+    """What a CNN must regress at its three taps, the noise on its input, and how its losses become the score."""
     noise: Noise
     stages: tuple[Stage, ...]
+    weights: tuple[Weight, ...] = field(default_factory=lambda: PAPER)
 
     def parts(self, batch: int, size: int) -> Parts:
         return {f"target {number}": (stage.signals, (batch, stage.channels, size, size))
@@ -230,6 +249,7 @@ class RnnTask(AnyTask):
     dimension: int
     input: tuple[Signal, ...]
     target: tuple[Signal, ...]
+    weights: tuple[Weight, ...] = field(default_factory=lambda: PAPER)
 
     def parts(self, batch: int, size: int) -> Parts:
         return {name: (getattr(self, name), (batch, 1, size, self.dimension)) for name in ("input", "target")}
@@ -265,7 +285,8 @@ def random_task(rng: random.Random, kind: type[AnyTask]) -> AnyTask:
 
 
 def mutate_task(task: AnyTask, rng: random.Random) -> AnyTask:
-    """Another task: with chance 0.2 each, the noise, a stage's channels and the signal of a basis are drawn again."""
+    """Another task: with chance 0.2 each, the noise, a stage's channels and the signal of a basis are drawn again. Its
+    weights are the paper's."""
     other = random_task(rng, type(task))
 
     def pick(old: Any, new: Any) -> Any:
@@ -283,7 +304,7 @@ def mutate_task(task: AnyTask, rng: random.Random) -> AnyTask:
     else:
         child = RnnTask(noise, pick(task.dimension, other.dimension), pick_signals(task.input, other.input),
                         pick_signals(task.target, other.target))
-    return child if child != task else mutate_task(task, rng)
+    return child if child != task.unweighted() else mutate_task(task, rng)
 
 
 # ----------------------------------------------------------------------------------------------------------- images
@@ -321,12 +342,44 @@ class Settings:
     weight_decay: float = 4e-5  # on parameters of more than one dimension
     rnn_learning_rate: float = 1e-3  # of the benchmark's own records
     rnn_weight_decay: float = 1.2e-6  # on all parameters
-    stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)
+    stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # of the stages' losses in the loss; one of weight 0 has none
     batch: int = 16  # images or sequences
     side: int = 32  # of the images
     size: int = 8  # side of the targets, length of the sequences
     ridge: float | None = None  # the penalty of solved heads; None: the heads are trained, as the network is
-    relative: bool = False  # the score sums the logs of final over first losses; not with 0 steps, where these are one
+
+
+class Trained(NamedTuple):
+    """What the training of a network gives."""
+    loss: float  # after the last step, weighted over the stages
+    losses: list[list[float]]  # (steps + 1, stages): before each step and after the last one; NaN of stages without one
+    params: int  # parameters of the network as it was trained
+
+
+MOMENTS = 0.0, 0.25, 0.5, 1.0  # shares of the steps of a training after which a score may read its losses
+TERMS = "loss", "log params", *(f"log loss {stage} at {moment:g}" for moment in MOMENTS for stage in (1, 2, 3))
+
+
+def terms(trained: Trained) -> dict[str, float]:
+    """What a score may be made of: the loss, the log of the parameter count, that of each stage's loss at MOMENTS."""
+    steps, values = len(trained.losses) - 1, {"loss": trained.loss, "log params": math.log(max(trained.params, 1))}
+    for moment in MOMENTS:
+        for stage, loss in enumerate(trained.losses[math.floor(moment * steps + 0.5)], start=1):
+            if loss is not None and math.isfinite(loss):
+                values[f"log loss {stage} at {moment:g}"] = math.log(loss + 1e-9)  # that of no signals is 0
+    return values
+
+
+def score(weights: Iterable[Weight], trained: Trained) -> float:
+    """Lower is better; infinite for a network that diverged. A term that the training does not have counts 0."""
+    if not diverged(trained):
+        values = terms(trained)
+        return sum(weight(values[weight.term]) for weight in weights if weight.term in values)
+    return math.inf
+
+
+def diverged(trained: Trained) -> bool:
+    return trained.loss is None or not math.isfinite(trained.loss)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -395,12 +448,12 @@ class Encoder(nn.Module):
 class Regression:
     """The regression of one task on one batch of images, the same targets for every architecture (paper, 3.1).
 
-    `regression(space, arch)` trains the network and returns its losses at all steps and, last, the score, lower is
-    better: what eval() mode gives after them or, with settings.relative, how that compares with the untrained network.
-    It is a pure function of (space, space.key(arch), task, images, settings, seed) and the kind of device: weights,
-    noise and dropout are seeded by space, key and seed, and the state of the global generators is put back. `images`:
-    as `load_images` gives them, the first settings.batch are taken and made settings.side pixels wide; None for a
-    recurrent task, whose input is a signal.
+    `regression(space, arch)` trains the network and returns its losses at all steps and, last, in eval() mode after
+    them; `score(task.weights, trained)` is the score, by default the last loss. It is a pure function of (space,
+    space.key(arch), task, images, settings, seed) and the kind of device: weights, noise and dropout are seeded by
+    space, key and seed, and the state of the global generators is put back. `images`: as `load_images` gives them, the
+    first settings.batch are taken and made settings.side pixels wide; None for a recurrent task, whose input is a
+    signal.
 
     The paper trains a linear head on each tap along with the network. With settings.ridge the heads are solved for
     instead, exactly and at every step, and only the network is trained: the loss tells from the first step on what the
@@ -416,16 +469,19 @@ class Regression:
         self.inputs, *self.targets = map(self.place, tensors)
         self.solved_for: dict[tuple[int, int], Tensor] = {}  # stage, side of its tap -> rows of the target, mean 0
         self.weights = settings.stage_weights[-len(self.targets):]
-        self.stage_weights = torch.tensor([weight for weight in self.weights if weight], device=self.device)
+        self.counting = [stage for stage, weight in enumerate(self.weights) if weight]
+        self.stage_weights = torch.tensor(self.weights, device=self.device)[self.counting]
 
     def place(self, x: Tensor) -> Tensor:
         return x.to(self.device, memory_format=torch.channels_last if x.ndim == 4 else torch.preserve_format)
 
-    def __call__(self, space: Any, arch: Any) -> list[float]:
+    def __call__(self, space: Any, arch: Any) -> Trained:
         purpose = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
         with generators_kept(self.device):
             seed_generators(self.device, seed_of("weights", *purpose))
-            network = self.with_heads(space.build(arch))  # on the CPU: equal weights on all devices
+            body = space.build(arch)  # on the CPU: equal weights on all devices
+            params = sum(parameter.numel() for parameter in body.parameters())
+            network = self.with_heads(body)
             network = network.to(self.device, memory_format=torch.channels_last).train()
             optimizer = self.optimizer(network)
             seed_generators(self.device, seed_of("noise", *purpose))
@@ -442,11 +498,10 @@ class Regression:
             with torch.no_grad():
                 losses.append(self.stage_losses(network))
             losses = torch.stack(losses)
-            curve = losses @ self.stage_weights
-            if self.settings.relative and self.settings.steps:
-                first, *_, last = losses + 1e-9  # of a stage without signals nothing is left, nor was there anything
-                curve[-1] = (last / first).log() @ self.stage_weights
-            return curve.tolist()
+            *_, loss = (losses @ self.stage_weights).tolist()
+            table = torch.full((len(losses), len(self.weights)), math.nan)
+            table[:, self.counting] = losses.cpu()
+            return Trained(loss, table.tolist(), params)
 
     def with_heads(self, body: nn.Module) -> nn.Module:
         """The network as it is trained, its weights drawn by the global generator."""
@@ -471,10 +526,9 @@ class Regression:
         """Of each tap whose loss counts, on the inputs with fresh noise."""
         outputs = network(self.inputs + self.noise())
         check_taps(outputs, self.targets)
-        counting = [(stage, outputs[stage]) for stage, weight in enumerate(self.weights) if weight]
         if self.settings.ridge is None:
-            return torch.stack([F.mse_loss(output, self.targets[stage]) for stage, output in counting])
-        return torch.stack([self.solved_loss(stage, output) for stage, output in counting])
+            return torch.stack([F.mse_loss(outputs[stage], self.targets[stage]) for stage in self.counting])
+        return torch.stack([self.solved_loss(stage, outputs[stage]) for stage in self.counting])
 
     def solved_loss(self, stage: int, features: Tensor) -> Tensor:
         """A tap larger than the target is resized. A smaller one is compared with the target's means over its pixels,
@@ -527,26 +581,82 @@ def search(space: Any, evaluate: Callable[[list], list[float]], seed: int, limit
     return regularized_evolution(draw, mutate, evaluate, random.Random(seed), **evolution)
 
 
-FINALISTS, JUDGES = 10, 2  # tasks of a task search that are judged by other seeds, and these seeds
+Labelled = tuple[list[Trained], list[float]]  # networks of a space, trained on one task, and their labels
+PRIOR = 20  # labels that weigh as much as the paper's weights
+REACH = 4  # median absolute deviations from the median, at which a term is cut off
+FOLDS = 10
 
 
-def search_task(draw: Callable, merits: Callable[[list[AnyTask], int], list[float]], seed: int = 0, **evolution: int,
-                ) -> tuple[AnyTask, float, float, list[tuple[AnyTask, float]]]:
-    """Regularized evolution over tasks (paper, 3.4): the best task, its merit, its mean merit by other seeds, and all
-    (task, -merit). `draw(rng)` gives a task of the first population; `merits(tasks, seed)` for each the rho of -loss
-    with labels, when weights, noise and signals are drawn by that seed.
+def fit_weights(spaces: list[Labelled]) -> tuple[Weight, ...]:
+    """Weights that rank labelled networks of one or several spaces as their labels do (not in the paper).
 
-    The paper takes |rho|, and the best of the search. But a task that ranks backwards would count as a good one while
-    an architecture search minimises its loss; and the best of many has had the luck of its seed. So the best FINALISTS
-    are judged by the seeds that follow.
+    A ridge regression of the ranks within each space on the terms, in closed form. The loss is free, the others are
+    drawn to 0 as PRIOR labels would: so few labels change the paper's order little. A term is cut off at REACH, or the
+    few networks that hardly train would decide the weights of all others. PAPER where fewer than three did not diverge.
     """
-    history = regularized_evolution(draw, mutate_task, lambda tasks: [-merit for merit in merits(tasks, seed)],
-                                    random.Random(seed), **evolution)
-    finalists = sorted(history, key=lambda pair: pair[1])[:FINALISTS]
-    tasks = [task for task, _ in finalists]
-    judged = np.mean([merits(tasks, seed + judge) for judge in range(1, JUDGES + 1)], axis=0)
-    task, loss = finalists[judged.argmax()]
-    return task, -loss, float(judged.max()), history
+    spaces = [list(zip(*[(terms(x), value) for x, value in zip(*space) if not diverged(x)])) for space in spaces]
+    spaces = [space for space in spaces if space and len(space[0]) >= 3 and np.ptp(space[1])]
+    names = list(dict.fromkeys(name for tables, _ in spaces for table in tables for name in table))
+    if not names:
+        return PAPER
+    x = np.array([[table.get(name, math.nan) for name in names] for tables, _ in spaces for table in tables])
+    middle = np.nanmedian(x, 0)
+    x = np.where(np.isnan(x), middle, x)
+    spread = np.median(abs(x - middle), 0)
+    varied = spread > 1e-9
+    names, x, middle, spread = np.array(names)[varied], x[:, varied], middle[varied], spread[varied]
+    low, high = middle - REACH * spread, middle + REACH * spread
+    z = (np.clip(x, low, high) - middle) / spread
+    within = np.split(z, np.cumsum([len(values) for _, values in spaces])[:-1])  # spaces differ in level
+    z = np.concatenate([part - part.mean(0) for part in within])
+    wanted = [ranks([-value for value in values]) for _, values in spaces]
+    wanted = np.concatenate([(rank - rank.mean()) / rank.std() for rank in wanted])
+    weights = np.linalg.solve(z.T @ z + np.diag(np.where(names == "loss", 1e-6, PRIOR)), z.T @ wanted) / spread
+    numbers = np.vectorize(lambda number: float(f"{number:.6g}"))  # a task is what its JSON says, and that is read
+    return tuple(Weight(str(name), *numbers(row).tolist()) for name, *row in zip(names, weights, low, high))
+
+
+def mean_rho(scores: list[list[float]], spaces: list[Labelled]) -> float:
+    """Over the spaces, of their rho of -score with the labels; one that is undefined counts as 0."""
+    rhos = [spearman([-x for x in row], values) for row, (_, values) in zip(scores, spaces)]
+    return float(np.mean(np.nan_to_num(rhos)))
+
+
+def judge(spaces: list[Labelled], folds: list[list[int]]) -> tuple[float, tuple[Weight, ...]]:
+    """The merit of a task and the weights that it has it with: the paper's, or, if they rank better, fitted ones.
+
+    The merit is the mean rho over the spaces. That of fitted weights is found by cross-validation: `folds` gives each
+    network the number of its part, and its score is by weights that were fitted on all other parts.
+    """
+    merit = mean_rho([[score(PAPER, x) for x in trained] for trained, _ in spaces], spaces)
+    scores = [[0.0] * len(trained) for trained, _ in spaces]
+    for fold in set(itertools.chain(*folds)):
+        fitted = fit_weights([tuple(zip(*[pair for pair, part in zip(zip(*space), parts) if part != fold])) or ([], [])
+                              for space, parts in zip(spaces, folds)])
+        for row, (trained, _), parts in zip(scores, spaces, folds):
+            row[:] = [score(fitted, x) if part == fold else old for old, x, part in zip(row, trained, parts)]
+    by_fitted = mean_rho(scores, spaces)
+    return (by_fitted, fit_weights(spaces)) if by_fitted > merit else (merit, PAPER)
+
+
+def search_task(draw: Callable, assess: Callable[[list[AnyTask]], list[tuple[float, tuple[Weight, ...]]]],
+                seed: int = 0, **evolution: int) -> tuple[AnyTask, float, list[tuple[AnyTask, float]]]:
+    """Regularized evolution over tasks (paper, 3.4): the best task, its merit, and all (task, -merit). `draw(rng)`
+    gives a task of the first population, `assess(tasks)` for each its merit and the weights that it has it with.
+
+    The paper's merit is |rho| of the loss. But a task that ranks backwards would count as a good one while an
+    architecture search minimises its loss; a fitted weight, which may be negative, makes use of such a task.
+    """
+    assessed: list[tuple[float, tuple[Weight, ...]]] = []
+
+    def evaluate(tasks: list[AnyTask]) -> list[float]:
+        assessed.extend(assess(tasks))
+        return [-merit for merit, _ in assessed[-len(tasks):]]
+
+    history = regularized_evolution(draw, mutate_task, evaluate, random.Random(seed), **evolution)
+    best = max(range(len(history)), key=lambda place: assessed[place][0])
+    merit, weights = assessed[best]
+    return replace(history[best][0], weights=weights), merit, history
 
 
 # ------------------------------------------------------------------------------------------------- rank correlation
@@ -636,21 +746,26 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "frequencies": ("10 numbers above 0 and below 0.5", lambda v: are((int, float), v) and len(v) == 10
                     and all(is_number(f, 0, 0.5) and f not in (0, 0.5) for f in v)),
     "density": ("a number from 0 to 1", lambda v: is_number(v, 0, 1)),
+    "weights": ("a list of objects with term, weight, low and high", lambda v: are(Weight, v) and len(v) > 0),
+    "term": (f"one of {', '.join(TERMS)}", lambda v: isinstance(v, str) and v in TERMS),
+    "weight": ("a finite number", lambda v: is_number(v, -1e300, 1e300)),
+    **dict.fromkeys(("low", "high"), ("a finite number", lambda v: v is None or is_number(v, -1e300, 1e300))),
     "dimension": ("a whole number from 1 to 1024", lambda v: type(v) is int and 1 <= v <= 1024),
     **dict.fromkeys(("input", "target"), ("a list of signals with per_sample true, each basis at most once",
                                           lambda v: are_mixed(v) and all(signal.per_sample for signal in v))),
 }
-PARTS_OF = {"noise": Noise, "stages": Stage, "signals": Signal, "input": Signal, "target": Signal}  # what a field holds
+PARTS_OF = {"noise": Noise, "stages": Stage, "signals": Signal, "input": Signal, "target": Signal,  # what a field holds
+            "weights": Weight}
 
 
 def check_fields(part: Any) -> None:
     """ValueError unless each field is as EXPECTED, and a signal has the fields that its basis needs and no others."""
-    for field in fields(part):
-        value, (words, is_right) = getattr(part, field.name), EXPECTED[field.name]
-        if field.default is None and field.name not in BASES[part.basis][1]:
+    for name, default in ((each.name, each.default) for each in fields(part)):
+        value, (words, is_right) = getattr(part, name), EXPECTED[name]
+        if isinstance(part, Signal) and default is None and name not in BASES[part.basis][1]:
             words, is_right = f"none in a {part.basis}", lambda v: v is None
         if not is_right(value):
-            raise ValueError(f"{field.name}: expected {words}, not {reprlib.repr(value)}")
+            raise ValueError(f"{name}: expected {words}, not {reprlib.repr(value)}")
 
 
 def part_from(data: Any, kind: type | None, where: str) -> Any:
@@ -659,8 +774,8 @@ def part_from(data: Any, kind: type | None, where: str) -> Any:
         return tuple(part_from(item, kind, f"{where}[{number}]") for number, item in enumerate(data))
     if kind is None:
         return data
-    names = [field.name for field in fields(kind)]
-    needed = {field.name for field in fields(kind) if field.default is not None}
+    names = [each.name for each in fields(kind)]
+    needed = {each.name for each in fields(kind) if each.default is each.default_factory is MISSING}
     if not isinstance(data, dict) or not needed <= data.keys() <= set(names):
         raise ValueError(f"{where}: expected an object with {', '.join(names)}, not {reprlib.repr(data)}")
     values = {name: part_from(value, PARTS_OF.get(name), f"{where}.{name}") for name, value in data.items()}
@@ -695,6 +810,7 @@ def read_task(name: str) -> AnyTask:
         raise ValueError(f"{name}: {error}") from None
 
 
+PAPER = (Weight("loss", 1.0),)
 # The authors' tasks. combo, nlp-combo and nlp-single are made by hand, the others are what their task search found on
 # the space of that name.
 MEDIUM = (.125, .15, .175, .2, .225, .25, .275, .3, .325, .35)
@@ -835,19 +951,17 @@ def read_batch(path: Path) -> tuple[np.ndarray, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ record and progress
-SCORES = 3  # raised when the same settings give other scores than before, so that no record mixes them
+SCORES = 4  # raised when the same settings give other scores than before, so that no record mixes them
 
 
 class Score(NamedTuple):
+    """A network under a task: what it was trained to (see Trained), whatever weights make the score of it."""
     key: str
     arch: str
     loss: float | None  # None: diverged
+    params: int
     seconds: float
-    curve: list[float | None]  # the losses of the training steps
-
-    @property
-    def rank_by(self) -> float:
-        return math.inf if self.loss is None else self.loss
+    losses: list[list[float | None]]
 
 
 class Record:
@@ -898,8 +1012,8 @@ class Record:
     def read(self, line: bytes, number: int) -> None:
         try:
             score = Score(**json.loads(line))
-            losses = [loss for loss in (score.loss, *score.curve) if loss is not None]
-            right = are(str, score[:2]) and isinstance(score.curve, list) and all(
+            losses = [loss for loss in (score.loss, *itertools.chain(*score.losses)) if loss is not None]
+            right = are(str, score[:2]) and type(score.params) is int and len(score.losses) > 0 and all(
                 is_number(x, -1e300, 1e300) for x in [score.seconds, *losses])
         except (RecursionError, TypeError, ValueError):
             right = False
@@ -1024,8 +1138,8 @@ def within_limits(draws: Iterable[Callable], space: Any, limits: dict[str, int |
     return [limited(draw) for draw in draws]
 
 
-Item = tuple[str, int, str]  # what a worker is given: a task as JSON, a seed, an architecture as text
-Result = tuple[int, list[float], float]  # an item's place in its list, the losses of its Regression, seconds
+Item = tuple[str, str, int, str]  # what a worker is given: a space, a task as JSON, a seed, an architecture as text
+Result = tuple[int, Trained, float]  # an item's place in its list, what its Regression gave, seconds
 
 
 def find_device(name: str | None, rank: int = 0) -> torch.device:
@@ -1060,8 +1174,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         # small networks are told apart better on larger images; a learning rate of 1 is too much for them
         "nb201": Preset(replace(FAST, steps=12, learning_rate=0.3, side=24, stage_weights=(0.0, 0.5, 1.0)),
                         {"width": 8, "cells": 2, "all_blocks": True}),
-        # the first layer of a stage has no shortcut: one that does something loses signal, which early losses punish
-        "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32, relative=True),
+        "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32),
                           {"width": 8, "all_blocks": True}, "combo"),
         "nbnlp": Preset(replace(FAST, steps=60), {"reservoir": True, "widths": (100, 150, 150, 100)}),
         **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
@@ -1081,7 +1194,7 @@ class Trainer:
         self.settings, sizes, task = PRESETS[preset].get(family, PRESETS[preset][""])
         if steps is not None:
             self.settings = replace(self.settings, steps=steps)
-        self.space = search_spaces.get(space, **sizes)
+        self.name, self.space = space, search_spaces.get(space, **sizes)
         self.seed, self.device = seed, find_device(device, rank)
         self.task_name = task or getattr(self.space, "task", "nb101")
         self.images, self.images_name = None, "none"
@@ -1098,36 +1211,42 @@ class Trainer:
     def regression(self, task: str, seed: int) -> Regression:
         return Regression(task_from_json(task), self.images, self.settings, seed, self.device)
 
-    def __call__(self, item: Item) -> tuple[list[float], float]:
-        """Losses and seconds. ValueError, with the architecture, whatever goes wrong: a space may be anybody's code."""
-        task, seed, arch = item
+    def __call__(self, item: Item) -> tuple[Trained, float]:
+        """ValueError, with the architecture, whatever goes wrong: a space may be anybody's code."""
+        _, task, seed, arch = item
         start = time.perf_counter()
         try:
-            losses = self.regression(task, seed)(self.space, self.space.parse(arch))
+            trained = self.regression(task, seed)(self.space, self.space.parse(arch))
         except (Exception, SystemExit) as error:
             name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{arch}: {name}{error}") from error
-        return losses, round(time.perf_counter() - start, 3)
+        return trained, round(time.perf_counter() - start, 3)
 
     def map(self, items: list[Item]) -> Iterator[Result]:
         """One worker, this process: the results as they are made. ValueError for wrong input."""
         return ((place, *self(item)) for place, item in enumerate(items))
 
 
-def attempt(train: Callable[[Item], Any] | str, item: Item) -> tuple[Any, str | None]:
-    """What a trainer gives, or what is wrong, with the item or with all of them: it can be sent to another process."""
+def make_trainers(spaces: list[str], *words: Any) -> dict[str, Trainer] | str:
+    """One for each space of a run, by its name, or what is wrong, for `attempt`."""
     try:
-        return (None, train) if isinstance(train, str) else (train(item), None)
-    except ValueError as error:
-        return None, str(error)
-
-
-def make_trainer(words: tuple) -> Trainer | str:
-    """For `attempt`."""
-    try:
-        return Trainer(*words)
+        return {space: Trainer(space, *words) for space in spaces}
     except (OSError, ValueError) as error:
         return str(error)
+
+
+def made_with_all(trainers: dict[str, Trainer]) -> dict[str, Any]:
+    """What a record says of the run."""
+    made_with = {space: trainer.made_with for space, trainer in trainers.items()}
+    return made_with if len(made_with) > 1 else next(iter(made_with.values()))
+
+
+def attempt(trainers: dict[str, Trainer] | str, item: Item) -> tuple[Any, str | None]:
+    """What a trainer gives, or what is wrong, with the item or with all of them: it can be sent to another process."""
+    try:
+        return (None, trainers) if isinstance(trainers, str) else (trainers[item[0]](item), None)
+    except ValueError as error:
+        return None, str(error)
 
 
 def serve(pipe: connection.Connection, words: tuple, parent: str) -> None:
@@ -1135,10 +1254,10 @@ def serve(pipe: connection.Connection, words: tuple, parent: str) -> None:
     os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
     os.environ.pop("GENNAS_PARENT", None)  # it is no matter of the processes that a space may start
     end_with_parent(parent)
-    trainer = make_trainer(words)
+    trainers = make_trainers(*words)
     with suppress(EOFError, OSError):
         while True:
-            pipe.send(attempt(trainer, pipe.recv()))
+            pipe.send(attempt(trainers, pipe.recv()))
 
 
 class Processes:
@@ -1197,7 +1316,7 @@ class Torchrun:
     def __init__(self, words: tuple):
         store, self.rank, self.count = next(distributed.rendezvous("env://", timeout=timedelta(days=100)))
         self.store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # it outlives a restart
-        self.trainer = make_trainer((*words, int(os.environ["LOCAL_RANK"])))
+        self.trainers = make_trainers(*words, int(os.environ["LOCAL_RANK"]))
         self.put, self.mine = 0, 0  # items that are there; the one that this process has drawn
 
     def map(self, items: list[Item]) -> Iterator[Result]:
@@ -1214,19 +1333,19 @@ class Torchrun:
             place, result, error = json.loads(self.store.get(f"result {number}"))
             if error:
                 raise ValueError(error)
-            yield place, *result
+            yield place, Trained(*result[0]), result[1]
 
     def train(self, work: list) -> None:
         place, item = work
-        outcome = json.dumps([place, *attempt(self.trainer, item)])
+        outcome = json.dumps([place, *attempt(self.trainers, item)])
         self.store.set(f"result {self.store.add('done', 1)}", outcome)
         self.mine = 0
 
     def serve(self) -> None:
         made_with = json.loads(self.store.get("made with"))
-        if not isinstance(self.trainer, str) and self.trainer.made_with != made_with:
-            self.trainer = (f"process {self.rank} has other images, another FILE.py or another kind of device than "
-                            "process 0")
+        if not isinstance(self.trainers, str) and made_with_all(self.trainers) != made_with:
+            self.trainers = (f"process {self.rank} has other images, another FILE.py or another kind of device than "
+                             "process 0")
         while (work := json.loads(self.store.get(f"item {self.store.add('drawn', 1)}"))) is not None:  # waits for it
             self.train(work)
         self.store.add("ended", 1)
@@ -1240,51 +1359,51 @@ class Torchrun:
 
 
 class Scorer:
-    """Losses of architectures of a space under tasks: scorer(tasks, archs) -> a list for each task, of a loss for each
-    architecture; infinite for a network that diverged. Each network is trained once on a task, by one of the workers:
-    equal keys are one network, and what the record knows is not trained again. `workers` has a `map` from items to
-    results, as a Trainer has."""
+    """Scores of architectures of a space under tasks: scorer(tasks, archs) -> a list for each task, of a score for each
+    architecture, lower is better; infinite for a network that diverged. Each network is trained once on the signals of
+    a task, by one of the workers: equal keys are one network, and what the record knows is not trained again.
+    `workers` has a `map` from items to results, as a Trainer has."""
 
     def __init__(self, trainer: Trainer, workers: Any = None, record: Record | None = None,
                  progress: Progress | None = None):
-        self.space, self.seed, self.workers = trainer.space, trainer.seed, workers or trainer
+        self.trainer, self.space, self.seed, self.workers = trainer, trainer.space, trainer.seed, workers or trainer
         self.record, self.progress = record or Record(), progress or Progress()
         self.scores: dict[str, Score] = {}  # those that were asked for, by key
 
-    def keys(self, task: AnyTask, archs: list[Any], seed: int | None = None) -> list[str]:
-        """What names the scores of architectures under a task in the record; by default by the trainer's seed."""
-        start = f"{task.digest()}/{self.seed if seed is None else seed} "
+    def keys(self, task: AnyTask, archs: list[Any]) -> list[str]:
+        """What names architectures under the signals of a task in the record."""
+        start = f"{self.trainer.name} {task.unweighted().digest()}/{self.seed} "
         return [start + self.space.key(arch) for arch in archs]
 
-    def __call__(self, tasks: list[AnyTask], archs: list[Any], seed: int | None = None,
-                 receive: Callable[[Score], None] | None = None) -> list[list[float]]:
-        """`receive` is called with every score that enters `scores`; by default the best is noted for the progress."""
-        seed = self.seed if seed is None else seed
-        keys = [self.keys(task, archs, seed) for task in tasks]
+    def __call__(self, tasks: list[AnyTask], archs: list[Any]) -> list[list[float]]:
+        return [[score(task.weights, trained) for trained in row] for task, row in zip(tasks, self.train(tasks, archs))]
+
+    def train(self, tasks: list[AnyTask], archs: list[Any], receive: Callable[[Score], None] | None = None,
+              ) -> list[list[Score]]:
+        """`receive` is called with each as soon as it is known; by default the best is noted for the progress."""
+        keys = [self.keys(task, archs) for task in tasks]
         counts = Counter(itertools.chain.from_iterable(keys))
         texts = [task.to_json() for task in tasks]
+        weights = {key: task.weights for task, row in zip(tasks, keys) for key in row}
         unknown = {key: (text, arch) for text, row in zip(texts, keys) for key, arch in zip(row, archs)
                    if key not in self.record.known}
 
-        def keep(score: Score, trained: bool) -> None:
-            self.scores[score.key] = score
-            (receive or self.lead)(score)
-            for _ in range(counts[score.key]):
+        def keep(known: Score, trained: bool) -> None:
+            self.scores[known.key] = known
+            (receive or (lambda known: self.progress.lead(score(weights[known.key], known), known.arch)))(known)
+            for _ in range(counts[known.key]):
                 self.progress.advance(trained)
 
         for key in counts:
             if key not in unknown:
                 keep(self.record.known[key], trained=False)
         names = list(unknown)
-        items = [(text, seed, self.space.format(arch)) for text, arch in unknown.values()]
-        for place, (*curve, loss), seconds in self.workers.map(items):
-            score = Score(names[place], items[place][-1], finite(loss), seconds, [finite(x) for x in curve])
-            self.record.add(score)
-            keep(score, trained=True)
-        return [[self.scores[key].rank_by for key in row] for row in keys]
-
-    def lead(self, score: Score) -> None:
-        self.progress.lead(score.rank_by, score.arch)
+        items = [(self.trainer.name, text, self.seed, self.space.format(arch)) for text, arch in unknown.values()]
+        for place, (loss, losses, params), seconds in self.workers.map(items):
+            losses = [list(map(finite, row)) for row in losses]
+            self.record.add(Score(names[place], items[place][-1], finite(loss), params, seconds, losses))
+            keep(self.record.known[names[place]], trained=True)
+        return [[self.scores[key] for key in row] for row in keys]
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -1371,22 +1490,28 @@ def plot_search(history: list[tuple[Any, float]], name: str, path: str) -> None:
 def run_score(scorer: Scorer, task: AnyTask, archs: list[Any], plot: str | None) -> dict[str, Any]:
     keys, results = scorer.keys(task, archs), []
 
-    def print_known(score: Score) -> None:
+    def print_known(known: Score) -> None:
         """In the order in which they were asked for."""
-        scorer.lead(score)
+        scorer.progress.lead(score(task.weights, known), known.arch)
         while len(results) < len(keys) and keys[len(results)] in scorer.scores:
             arch, known = archs[len(results)], scorer.scores[keys[len(results)]]
-            params, text = int(scorer.space.params(arch)), scorer.space.format(arch)
-            results.append({"arch": text, "loss": known.loss, "params": params, "seconds": known.seconds})
-            print_line(f"{show_loss(known.rank_by):>9} {params:>12,} {known.seconds:>8.2f}  {text}")
+            params, text, loss = int(scorer.space.params(arch)), scorer.space.format(arch), score(task.weights, known)
+            results.append({"arch": text, "loss": finite(loss), "params": params, "seconds": known.seconds})
+            print_line(f"{show_loss(loss):>9} {params:>12,} {known.seconds:>8.2f}  {text}")
 
     print_line(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
-    scorer([task], archs, receive=print_known)
+    trained, = scorer.train([task], archs, receive=print_known)
     if plot:
-        plot_lines(plot, "", ("training step", "squared error, weighted over the stages", {
-            shortened(score.arch, 70): (range(1, len(score.curve) + 1), score.curve, "-")
-            for score in map(scorer.scores.get, keys)}))
+        plot_lines(plot, "", ("training steps", "squared error, weighted over the stages", {
+            shortened(known.arch, 70): (range(len(known.losses)), weighted(known.losses, scorer.trainer.settings), "-")
+            for known in trained}))
     return {"results": results}
+
+
+def weighted(losses: list[list[float | None]], settings: Settings) -> list[float]:
+    """(steps + 1, stages) -> (steps + 1): the loss at each step."""
+    weights = np.array(settings.stage_weights[-len(losses[0]):])
+    return (np.array(losses, float)[:, weights != 0] @ weights[weights != 0]).tolist()
 
 
 SHOWN = 5  # networks that a correlation names, those furthest off
@@ -1427,33 +1552,47 @@ def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]]
             "mean_of_ten_best": finite(ten_best), "furthest": furthest, "seconds_per_arch": seconds}
 
 
-def run_search_task(scorer: Scorer, kind: type[AnyTask], first: AnyTask | None, labels: list[tuple[Any, float]],
-                    limit: int, seed: int, evolution: dict[str, int], plot: str | None) -> dict[str, Any]:
-    """On the first `limit` labels; rho on the others tells whether what was found is good for more than these. With a
-    `first` task, the first population is this and mutants of it."""
-    draws = iter([first])
+Labels = list[tuple[Any, float]]
+
+
+def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask | None, labels: list[Labels],
+                    others: list[Labels], seed: int, evolution: dict[str, int], plot: str | None) -> dict[str, Any]:
+    """On the labels of each scorer's space; rho on the others tells whether what was found is good for more than these.
+    The first population starts with the known tasks or, with a `first` task, is that and mutants of it."""
+    draws = iter([first] if first else [task for task in TASKS.values() if isinstance(task, kind)])
+    keys = [[scorer.space.key(arch) for arch, _ in pairs] for scorer, pairs in zip(scorers, labels)]
+    folds = [[list(dict.fromkeys(row)).index(key) % FOLDS for key in row] for row in keys]
 
     def draw(rng: random.Random) -> AnyTask:
-        return (next(draws, None) or mutate_task(first, rng)) if first else random_task(rng, kind)
+        return next(draws, None) or (mutate_task(first, rng) if first else random_task(rng, kind))
 
-    def merits(tasks: list[AnyTask], by_seed: int, held_out: bool = False) -> list[float]:
-        """Of each task its rho; where that is undefined it counts as 0."""
-        archs, values = zip(*labels[limit:] if held_out else labels[:limit])
-        rows = scorer(tasks, archs, by_seed, receive=lambda score: None)
-        rhos = [finite(spearman([-loss for loss in row], values)) or 0.0 for row in rows]
-        if by_seed == seed and not held_out:
-            for task, rho in zip(tasks, rhos):
-                scorer.progress.lead(-rho, task.to_json())
-        return rhos
+    def train(tasks: list[AnyTask], labels: list[Labels]) -> list[list[Labelled]]:
+        """For each task the networks of each space."""
+        spaces = []
+        for scorer, (archs, values) in zip(scorers, (zip(*pairs) for pairs in labels)):
+            rows = scorer.train(tasks, archs, receive=lambda known: None)
+            spaces.append([(row, list(values)) for row in rows])
+        return list(zip(*spaces))
 
-    task, merit, judged, history = search_task(draw, merits, seed, **evolution)
-    result = {"task": json.loads(task.to_json()), "n": limit, "spearman": merit, "spearman_other_seeds": judged}
-    summary = f"spearman {merit:.3f} on the {limit} labels of the search, {judged:.3f} by other seeds"
-    if others := len(labels) - limit:
-        result |= {"n_held_out": others, "spearman_held_out": merits([task], seed, held_out=True)[0]}
-        summary += f", {result['spearman_held_out']:.3f} on {others} others"
+    def assess(tasks: list[AnyTask]) -> list[tuple[float, tuple[Weight, ...]]]:
+        judged = [judge(spaces, folds) for spaces in train(tasks, labels)]
+        for task, (merit, weights) in zip(tasks, judged):
+            scorers[0].progress.lead(-merit, replace(task, weights=weights).to_json())
+        return judged
+
+    task, merit, history = search_task(draw, assess, seed, **evolution)
+    n, fitted = sum(map(len, labels)), task.weights != PAPER
+    result = {"task": json.loads(task.to_json()), "n": n, "spearman": merit, "fitted": fitted}
+    summary = f"spearman {merit:.3f} on the {n} labels of the search{', by cross-validation' * fitted}"
+    if all(others):
+        spaces, = train([task], others)
+        for name, weights in (("", task.weights), ("_paper", PAPER)):
+            result[f"spearman_held_out{name}"] = mean_rho([[score(weights, x) for x in row] for row, _ in spaces], spaces)
+        result["n_held_out"] = sum(map(len, others))
+        summary += f", {result['spearman_held_out']:.3f} on {result['n_held_out']} others"
+        summary += f" ({result['spearman_held_out_paper']:.3f} by the paper's weights)" * fitted
     print_line(task.to_json())
-    if not scorer.progress.quiet:
+    if not scorers[0].progress.quiet:
         write_stderr(f"gennas: {summary}; the best of {len(history)} evaluated tasks\n")
     if plot:
         plot_search(history, "- spearman", plot)
@@ -1501,7 +1640,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.error = lambda message: fail(2, f"error: {message}")
     option, number = parser.add_argument, {"type": whole(1), "metavar": "N"}
     option("arch", nargs="*", metavar="ARCH", help="to score, in their benchmark's spelling; - reads stdin, one a line")
-    option("--space", required=True, metavar="NAME", help=f"{', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
+    option("--space", required=True, nargs="+", metavar="NAME",
+           help=f"{', '.join(search_spaces.SPACES)}, or FILE.py:CLASS; several with --mode search-task")
     option("--mode", choices=MODES, default="search", help="search is the default; show draws the task's signals")
     option("--task", metavar="NAME|FILE.json", help=f"{', '.join(TASKS)}, or a file; default: that of the space")
     option("--preset", choices=PRESETS, default="fast", help="how a network is trained (default fast)")
@@ -1509,14 +1649,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--images", default="synthetic", metavar="synthetic|PATH", help=IMAGE_FILES)
     option("--seed", type=whole(0), default=0, metavar="N", help="of images, signals, weights, noise, search (0)")
     option("--device", metavar="cpu|cuda[:N]|mps", help="default: cuda where there is one, else cpu")
-    option("--population", **number, default=50, help="members of the queue (default 50)")
-    option("--tournament", **number, help="members drawn, of which the best is mutated (default 10)")
-    option("--cycles", type=whole(0), default=400, metavar="N", help="children after the first queue (default 400)")
+    option("--population", **number, help="members of the queue (default 50, of tasks 20)")
+    option("--tournament", **number, help="members drawn, of which the best is mutated (default 10, of tasks 5)")
+    option("--cycles", type=whole(0), metavar="N", help="children after the first queue (default 400, of tasks 30)")
     option("--batch", **number, help="children made from the same queue (default 8, with --preset paper 1)")
     option("--max-params", **number, help="search among networks of at most N parameters")
     option("--max-flops", **number, help="and of at most N operations an image; a multiply-add is two")
-    option("--labels", metavar="FILE|DIR", help="with --mode correlate or search-task: a JSON list of [architecture, "
-           "value], higher = better, an NDS file, or a folder of NAS-Bench-NLP logs")
+    option("--labels", nargs="+", metavar="FILE|DIR", help="with --mode correlate or search-task: a JSON list of "
+           "[architecture, value], higher = better, an NDS file, or a folder of NAS-Bench-NLP logs; one for each space")
     option("--limit", **number, help="only the first N labels; search-task tests what it finds on the others")
     option("--workers", **number, help="processes that train; default: one for each GPU, or for each CPU core")
     option("--out", metavar="FILE.jsonl", help="record of every score; the same command resumes from it")
@@ -1524,6 +1664,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--json", action="store_true", help="the last line of stdout is one JSON object")
     option("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_intermixed_args(argv)
+    if args.mode == "score":  # --space NAME ARCH ...
+        args.space, args.arch = args.space[:1], args.space[1:] + args.arch
+    if args.mode != "search-task" and len(args.space) > 1:
+        parser.error(f"--space {' '.join(args.space)}: several belong to --mode search-task, not to --mode {args.mode}")
+    if args.labels and len(args.labels) != len(args.space):
+        parser.error(f"--labels {' '.join(args.labels)}: expected one for each --space, {len(args.space)}")
+    if len(set(args.space)) < len(args.space):
+        parser.error(f"--space {' '.join(args.space)}: expected each once")
     for name, modes in BELONGS.items():
         if getattr(args, name) not in (parser.get_default(name), []) and args.mode not in modes:
             spelled = "ARCH" if name == "arch" else f"--{name.replace('_', '-')}"
@@ -1531,92 +1679,123 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_labels(args: argparse.Namespace, space: Any) -> list[tuple[Any, float]]:
-    """All labels of the file, or those of the space itself; ValueError unless --limit leaves three or more."""
+def load_labels(args: argparse.Namespace, trainer: Trainer) -> Labels:
+    """All labels of the space's file, or those of the space itself; ValueError unless --limit leaves three or more."""
     if args.labels is not None:
-        labels = search_spaces.load_labels(space, args.labels)
+        labels = search_spaces.load_labels(trainer.space, args.labels[args.space.index(trainer.name)])
     else:
-        labels = getattr(space, "labels", None)
+        labels = getattr(trainer.space, "labels", None)
     if labels is None:
-        raise ValueError(f"--mode {args.mode} needs --labels FILE, as {args.space} has no labels of its own")
+        raise ValueError(f"--mode {args.mode} needs --labels FILE, as {trainer.name} has no labels of its own")
     try:
         labels = [(arch, float(value)) for arch, value in labels]
         right = all(math.isfinite(value) for _, value in labels)
     except (TypeError, ValueError):
         right = False
     if not right:
-        raise ValueError(f"labels of {args.space}: expected [(arch, number)]")
+        raise ValueError(f"labels of {trainer.name}: expected [(arch, number)]")
     if len(labels[:args.limit]) < 3:
         raise ValueError(f"--mode {args.mode}: expected at least 3 architectures, not {len(labels[:args.limit])}")
     return labels
 
 
+def split_labels(args: argparse.Namespace, trainer: Trainer) -> tuple[Labels, Labels]:
+    """The first --limit labels, and those of the others that are of no equal network; none if these are two or less."""
+    labels = load_labels(args, trainer)
+    first = labels[:args.limit]
+    seen = {trainer.space.key(arch) for arch, _ in first}
+    others = [(arch, value) for arch, value in labels[len(first):] if trainer.space.key(arch) not in seen]
+    return first, others if len(others) > 2 else []
+
+
+# mode -> population, tournament, cycles
+EVOLUTIONS = {"search": (50, 10, 400), "search-task": (20, 5, 30)}
+
+
+def evolution_of(args: argparse.Namespace) -> dict[str, int]:
+    """What `regularized_evolution` is given."""
+    population, tournament, cycles = EVOLUTIONS.get(args.mode, (1, 1, 0))
+    cycles = cycles if args.cycles is None else args.cycles
+    if args.mode == "search-task" and args.task and not cycles:  # no search: the weights of this task are fitted
+        population = 1
+    population = args.population or population
+    evolution = {"population": population, "cycles": cycles}
+    for option, default in (("tournament", tournament), ("batch", 1 if args.preset == "paper" else 8)):
+        evolution[option] = getattr(args, option) or min(default, population)
+        if evolution[option] > population:
+            raise ValueError(f"--{option} {evolution[option]}: expected at most the population, {population}")
+    return evolution
+
+
 def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, started: list[Scorer]) -> None:
-    """The mode, from its input to its result. Its scorer enters `started` before the first network is trained."""
+    """The mode, from its input to its result. Its scorers enter `started` before the first network is trained."""
     clock = time.perf_counter()
     if args.plot is not None:
         check_plot(args.plot, args.out)
     if torchrun and args.workers:
         raise ValueError("--workers is for one machine without torchrun; expected torchrun --nproc-per-node N")
-    evolution = {"population": args.population, "cycles": args.cycles}
-    for option, default in (("tournament", 10), ("batch", 1 if args.preset == "paper" else 8)):
-        evolution[option] = getattr(args, option) or min(default, args.population)
-        if evolution[option] > args.population:
-            raise ValueError(f"--{option} {evolution[option]}: expected at most the population, {args.population}")
-    trainer = torchrun.trainer if torchrun else Trainer(*words)
+    evolution = evolution_of(args)
+    spaces, *others = words
+    trainers = torchrun.trainers if torchrun else {space: Trainer(space, *others) for space in spaces}
+    trainer = trainers[spaces[0]]
     name = trainer.task_name if args.task is None else args.task
     task = read_task(name)
-    if (trainer.images is None) != isinstance(task, RnnTask):
-        raise ValueError(f"task {name} is not for {args.space}; expected one like {trainer.task_name}")
+    for each in trainers.values():
+        if (each.images is None) != isinstance(task, RnnTask):
+            raise ValueError(f"task {name} is not for {each.name}; expected one like {each.task_name}")
 
-    def start(total: int) -> Scorer:
-        """For so many scores, once the input is known to be right."""
-        asked = None if args.mode == "search-task" else json.loads(task.to_json())
-        record = Record(args.out, trainer.made_with | {"task": asked})
+    def start(total: int) -> list[Scorer]:
+        """One for each space, for so many scores, once the input is known to be right."""
+        asked = None if args.mode == "search-task" else json.loads(task.unweighted().to_json())
+        record = Record(args.out, made_with_all(trainers) | {"task": asked})
         if not args.quiet:
             about = f"task {name}, " if asked or args.task else ""
-            write_stderr(f"gennas: {args.mode} {args.space}, {about}{trainer.settings.steps} steps, images "
-                         f"{trainer.images_name}, on {trainer.device.type}\n")
+            steps, images = (" and ".join(dict.fromkeys(str(of(each)) for each in trainers.values()))
+                             for of in (lambda each: each.settings.steps, lambda each: each.images_name))
+            write_stderr(f"gennas: {args.mode} {' '.join(spaces)}, {about}{steps} steps, images {images}, on "
+                         f"{trainer.device.type}\n")
         if trainer.device.type == "cpu":  # a worker keeps a core or a GPU busy
             useful = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         else:
             useful = torch.cuda.device_count() if args.device in (None, "cuda") else 1
         count = min(args.workers or useful, total)
-        workers = torchrun or (Processes(count, words) if count > 1 else trainer)
-        started.append(Scorer(trainer, workers, record, Progress(total, args.quiet)))
-        return started[0]
+        workers = torchrun or (Processes(count, words) if count > 1 else None)
+        progress = Progress(total, args.quiet)
+        started.extend(Scorer(each, workers, record, progress) for each in trainers.values())
+        return started
 
-    candidates = args.population + args.cycles
+    candidates = evolution["population"] + evolution["cycles"]
     match args.mode:
         case "search":
             limits = {"params": args.max_params, "flops": args.max_flops}
             if args.max_flops and not getattr(trainer.space, "flops", None):
-                raise ValueError(f"--max-flops: {args.space} does not count operations; expected --max-params")
+                raise ValueError(f"--max-flops: {trainer.name} does not count operations; expected --max-params")
             # one draw first: limits that nothing meets are told before anything is started
             within_limits([trainer.space.random], trainer.space, limits)[0](random.Random(args.seed))
-            result = run_search(start(candidates), task, args.seed, limits, evolution, args.plot)
+            result = run_search(*start(candidates), task, args.seed, limits, evolution, args.plot)
         case "search-task":
-            labels = load_labels(args, trainer.space)
-            limit = len(labels[:args.limit])
-            labels = labels if len(labels) - limit >= 3 else labels[:limit]  # two others tell nothing
-            scorer = start((candidates + JUDGES * min(FINALISTS, candidates)) * limit + len(labels) - limit)
+            labels, others = zip(*(split_labels(args, each) for each in trainers.values()))
+            held_out = sum(map(len, others)) if all(others) else 0
+            scorers = start(candidates * sum(map(len, labels)) + held_out)
             first = task if args.task else None
-            result = run_search_task(scorer, type(task), first, labels, limit, args.seed, evolution, args.plot)
+            result = run_search_task(scorers, type(task), first, labels, others, args.seed, evolution, args.plot)
         case "correlate":
-            labels = load_labels(args, trainer.space)[:args.limit]
-            result = run_correlate(start(len(labels)), task, labels, args.plot)
+            labels = load_labels(args, trainer)[:args.limit]
+            result = run_correlate(*start(len(labels)), task, labels, args.plot)
         case "score":
             texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
             archs = [trainer.space.parse(text) for text in texts if text.strip()]
             if not archs:
                 raise ValueError("--mode score needs ARCH [ARCH ...]; expected some, or - and one a line on stdin")
-            result = run_score(start(len(archs)), task, archs, args.plot)
+            result = run_score(*start(len(archs)), task, archs, args.plot)
         case "show":
             result = run_show(trainer, task, args.plot)
     if args.json:
-        about = {"mode": args.mode, "space": args.space, "task": name, **result, "preset": args.preset}
+        asked = spaces if len(spaces) > 1 else trainer.name
+        about = {"mode": args.mode, "space": asked, "task": name, **result, "preset": args.preset}
         seconds = round(time.perf_counter() - clock, 3)
-        print_line(json.dumps(about | {"images": trainer.images_name, "seconds": seconds}))
+        images = " and ".join(dict.fromkeys(each.images_name for each in trainers.values()))
+        print_line(json.dumps(about | {"images": images, "seconds": seconds}))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1634,7 +1813,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def end(status: int, message: str) -> None:
         """With what is known so far, below the progress line, if that is still open."""
-        for scorer in started:
+        for scorer in started[:1]:  # they share record and progress
             kept = f" and kept in {args.out}" if args.out else ""
             known = len(scorer.record.known)
             message += f"; {known} networks are scored{kept}" if known else ""
@@ -1648,9 +1827,9 @@ def main(argv: list[str] | None = None) -> None:
             if torchrun.rank:
                 handle_endings(os_signal.SIG_DFL)  # `serve` waits where Python handles no signal
                 return torchrun.serve()
-            if isinstance(torchrun.trainer, str):
-                raise ValueError(torchrun.trainer)
-            torchrun.store.set("made with", json.dumps(torchrun.trainer.made_with))
+            if isinstance(torchrun.trainers, str):
+                raise ValueError(torchrun.trainers)
+            torchrun.store.set("made with", json.dumps(made_with_all(torchrun.trainers)))
         run(args, torchrun, words, started)
         if torchrun:
             torchrun.end()
@@ -1668,9 +1847,9 @@ def main(argv: list[str] | None = None) -> None:
         what = f"{error.filename}: {error.strerror}" if error.filename else error
         end(1 if started or in_output else 2, f"error: {what}")
     except (Exception, SystemExit) as error:
-        if args.space in search_spaces.SPACES:
+        if set(args.space) <= set(search_spaces.SPACES):
             raise
-        end(2, f"error: {args.space}: {type(error).__name__}: {error}")  # its methods can raise anything
+        end(2, f"error: {' '.join(args.space)}: {type(error).__name__}: {error}")  # its methods can raise anything
 
 
 ENDINGS = [getattr(os_signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(os_signal, name)]

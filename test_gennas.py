@@ -32,7 +32,8 @@ from torch.nn import functional as F
 
 import gennas
 import search_spaces
-from gennas import Noise, Regression, RnnTask, Scorer, Settings, Signal, Stage, Task, Trainer, regularized_evolution
+from gennas import (Noise, Regression, RnnTask, Scorer, Settings, Signal, Stage, Task, Trainer, Weight,
+                    regularized_evolution)
 from search_spaces import NB101, NB201, NBNLP, CellNet, Cells, Genotype, NB101Cell, NBMacro, Residual, Vertex
 
 torch.set_num_threads(1)
@@ -212,7 +213,9 @@ def test_published_tasks():
         assert all(target.isfinite().all() and target.std() > 0 for target in known.draw(images(), 0)), name
         if SHARED.exists():
             authors = json.loads((SHARED / "published_tasks.json").read_text())
-            assert json.loads(known.to_json()) == authors[name], name
+            if name in authors:
+                assert json.loads(known.to_json()) == authors[name] | {"weights": [{"term": "loss", "weight": 1}]}, name
+                assert gennas.task_from_json(json.dumps(authors[name])) == known, name
 
 
 def test_equal_tasks_have_equal_digests():
@@ -222,6 +225,9 @@ def test_equal_tasks_have_equal_digests():
     other = gennas.task_from_json(json.dumps(dict(reversed(data.items()))))
     assert other == small_task() and other.digest() == small_task().digest() and other.to_json() != text
     assert replace(small_task(), noise=Noise("uniform", 0.2)).digest() != other.digest()
+    weighted = replace(small_task(), weights=(Weight("log params", -1.0), Weight("loss", 2.0, high=3.0)))
+    assert weighted.digest() != other.digest() and weighted.unweighted() == other
+    assert gennas.task_from_json(weighted.to_json()) == weighted
 
 
 WRONG_TASKS = [  # where, what
@@ -235,6 +241,9 @@ WRONG_TASKS = [  # where, what
     ("stages.0.signals.0.frequencies.3", [0.4]), ("stages.0.signals.0.frequencies", None),
     ("stages.0.signals.0.per_sample", 1), ("stages.1.signals.0.density", 1.01), ("stages.0.signals.0.density", 0.5),
     ("stages.2.signals", [{"basis": "resize", "level": 1.0}] * 2), ("surplus", 1), ("stages.0.surplus", 1),
+    ("weights", []), ("weights", {"loss": 1.0}), ("weights.0", 1), ("weights.0.term", "log loss 4 at 1"),
+    ("weights.0.term", []), ("weights.0.weight", "1"), ("weights.0.weight", math.inf), ("weights.0.low", True),
+    ("weights.0.surplus", 1),
 ]
 
 
@@ -490,9 +499,10 @@ def test_every_space(name):
 def test_every_space_regresses(name):
     task = (small_rnn_task(), None) if name == "nbnlp" else (small_task(), images())
     regression = Regression(*task, Settings(steps=2))
-    losses = regression(*small_space(name))
-    assert len(losses) == 3 and all(map(math.isfinite, losses))
-    assert losses == regression(*small_space(name))
+    trained = regression(*small_space(name))
+    stages = 1 if name == "nbnlp" else 3
+    assert [len(row) for row in trained.losses] == [stages] * 3 and np.isfinite(trained.losses).all()
+    assert trained == regression(*small_space(name)) and trained.params > 0
 
 
 def test_odd_but_legal():
@@ -998,10 +1008,10 @@ class Linear:
         return body
 
 
-def trainer_for(space, settings: Settings | None = None, regression=None) -> Trainer:
+def trainer_for(space, settings: Settings | None = None, regression=None, seed: int = 0) -> Trainer:
     """A Trainer of an object that is a space, on small inputs; `regression(task, seed)` in the place of its own."""
     trainer = Trainer.__new__(Trainer)
-    trainer.space, trainer.seed = space, 0
+    trainer.name, trainer.space, trainer.seed = "mine", space, seed
 
     def made(task: str, seed: int):
         if regression:
@@ -1016,7 +1026,7 @@ def trainer_for(space, settings: Settings | None = None, regression=None) -> Tra
 def test_regression_by_hand(kind):
     """Three steps and the final loss, every formula written out: noise, batch norm, loss, momentum, weight decay."""
     hand_task = replace(small_task(), noise=Noise(kind, 0.3))
-    losses = Regression(hand_task, images(), Settings(steps=3), seed=7)(Linear(), "a")
+    trained = Regression(hand_task, images(), Settings(steps=3), seed=7)(Linear(), "a")
     with torch.random.fork_rng():
         torch.manual_seed(gennas.seed_of("weights", "linear", "a", 7))
         body = Linear.Body()
@@ -1034,8 +1044,8 @@ def test_regression_by_hand(kind):
         noise = torch.empty(16, 3, 32, 32).to(memory_format=torch.channels_last)
         noise = noise.uniform_(-1, 1, generator=rng) if kind == "uniform" else noise.normal_(generator=rng)
         noisy = images() + 0.3 * noise
-        loss = 0
-        for i, (target, weight) in enumerate(zip(wanted, (0.25, 0.5, 1))):
+        stages = []
+        for i, target in enumerate(wanted):
             tap = torch.einsum("oi,bihw->bohw", w[:, :, 0, 0], noisy) + b[:, None, None]
             tap = tap[:, :, ::4, ::4]
             hw, hb, gamma, beta = leaves[2 + 4 * i: 6 + 4 * i]
@@ -1046,19 +1056,21 @@ def test_regression_by_hand(kind):
             tap = (tap - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
             tap = tap * gamma[:, None, None] + beta[:, None, None]
             output = torch.einsum("oi,bihw->bohw", hw[:, :, 0, 0], tap) + hb[:, None, None]
-            loss = loss + weight * ((output - target) ** 2).sum() / target.numel()
-        expected.append(loss.item())
+            stages.append(((output - target) ** 2).sum() / target.numel())
+        loss = 0.25 * stages[0] + 0.5 * stages[1] + stages[2]
+        expected.append([stage.item() for stage in stages])
         gradients = torch.autograd.grad(loss, leaves)
         with torch.no_grad():
             for p, g, v in zip(leaves, gradients, velocity):
                 v.mul_(0.9).add_(g + 4e-5 * p if p.ndim > 1 else g)
                 p.sub_(0.1 * v)
-    assert losses == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(trained.losses, expected, rtol=1e-4)
+    assert trained.loss == pytest.approx(loss.item(), rel=1e-4) and trained.params == w.numel() + b.numel()
 
 
 def losses_of(*texts: str, seed: int = 0) -> list[float]:
     space = NB201(width=4, cells=1)
-    return Scorer(trainer_for(space))([small_task()], [space.parse(text) for text in texts], seed)[0]
+    return Scorer(trainer_for(space, seed=seed))([small_task()], [space.parse(text) for text in texts])[0]
 
 
 def test_score_is_pure():
@@ -1086,7 +1098,7 @@ def test_score_is_pure_whatever_the_space_does(run, tmp_path):
     command = "--space", name, "--steps", 9, "--mode", "score", *archs, "--json", "--quiet"
     results = last_json(run(*command, "--out", out)[1])["results"]
     trainer = Trainer(name, steps=9)
-    alone = [trainer.regression(gennas.TASKS["nb101"].to_json(), 0)(trainer.space, trainer.space.parse(arch))[-1]
+    alone = [trainer.regression(gennas.TASKS["nb101"].to_json(), 0)(trainer.space, trainer.space.parse(arch)).loss
              for arch in archs]
     assert [result["loss"] for result in results] == alone == list(recorded(out).values())
 
@@ -1158,32 +1170,50 @@ def test_solved_heads_of_a_network(side, repeats, scale):
     space.build = lambda arch: Taps(side, repeats, scale)
     task = replace(small_task(), noise=Noise("uniform", 0))
     reg = Regression(task, images(), Settings(steps=0, batch=4, ridge=0.1))
-    score, = reg(space, "a")
+    trained = reg(space, "a")
     small = min(side, 8)
     expected = 0
     for weight, target in zip((0.25, 0.5, 1), task.draw(images()[:4], 0, 4, 8)):
         f = scale * F.interpolate(F.interpolate(images()[:4], size=side), size=small).repeat(1, repeats, 1, 1)
         f, y = (x.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for x in (f, F.adaptive_avg_pool2d(target, small)))
         expected += weight * plain_ridge(f, y - y.mean(0), 0.1)
-    assert score == pytest.approx(expected, rel=1e-4)
-    assert len(Regression(task, images(), Settings(steps=2, batch=4, ridge=0.1))(space, "a")) == 3
+    assert trained.loss == pytest.approx(expected, rel=1e-4) and len(trained.losses) == 1
+    assert len(Regression(task, images(), Settings(steps=2, batch=4, ridge=0.1))(space, "a").losses) == 3
 
 
 @pytest.mark.parametrize("space, task", [(NB201(4, 1), small_task()), (NBNLP((8, 9, 9, 8), True), small_rnn_task())])
 def test_solved_heads_train_the_network(space, task):
     arch, pictures = space.random(random.Random(4)), images() if isinstance(task, Task) else None
     settings = Settings(steps=20, ridge=0.1, rnn_learning_rate=0.005)
-    first, *_, last, _ = Regression(replace(task, noise=Noise("uniform", 0)), pictures, settings)(space, arch)
+    trained = Regression(replace(task, noise=Noise("uniform", 0)), pictures, settings)(space, arch)
+    first, *_, last, _ = np.sum(trained.losses, axis=1)
     assert last < 0.995 * first
 
 
-def test_relative_score():
-    """The weighted log of what is left of each stage's loss; the training is the same."""
-    space, settings = NB201(4, 1), Settings(steps=3, ridge=0.1, stage_weights=(0.0, 2.0, 0.0))
-    plain, relative = (Regression(small_task(), images(), replace(settings, relative=flag))(space, space.parse(RICH))
-                       for flag in (False, True))
-    assert plain[:-1] == relative[:-1]
-    assert relative[-1] == pytest.approx(2 * math.log(plain[-1] / plain[0]), abs=1e-5)
+def test_stages_that_do_not_count():
+    """They have no loss and do not train; their terms count nothing in a score."""
+    space, settings = NB201(4, 1), Settings(steps=4, ridge=0.1, stage_weights=(0.0, 2.0, 0.0))
+    trained = Regression(small_task(), images(), settings)(space, space.parse(RICH))
+    losses = np.array(trained.losses)
+    assert np.isnan(losses[:, [0, 2]]).all() and trained.loss == pytest.approx(2 * losses[-1, 1])
+    logs = {f"log loss 2 at {share}": math.log(losses[step, 1]) for share, step in (("0", 0), ("0.25", 1), ("0.5", 2),
+                                                                                   ("1", 4))}
+    expected = {"loss": trained.loss, "log params": math.log(trained.params)} | logs
+    assert gennas.terms(trained) == pytest.approx(expected)
+    assert gennas.score([Weight("log loss 1 at 0", 5.0), Weight("loss", 2.0)], trained) == 2 * trained.loss
+
+
+def test_score_by_weights():
+    trained = gennas.Trained(3.0, [[1.0, 2.0, math.e], [1.0, 2.0, 0.0], [1.0, math.inf, 0.5]], 100)
+    assert set(gennas.terms(trained)) <= set(gennas.TERMS)
+    for weights, expected in [
+            (gennas.PAPER, 3), ([Weight("loss", -2.0, low=4.0)], -8), ([Weight("loss", 2.0, high=1.5)], 3),
+            ([Weight("log params", 1.0)], math.log(100)), ([Weight("log loss 2 at 1", 1.0)], 0),  # infinite: no term
+            ([Weight("log loss 3 at 0", 1.0), Weight("log loss 2 at 0", 2.0, 0.0, 0.5)], 2),
+            ([Weight("log loss 3 at 0.25", 1.0)], math.log(1e-9)), ([Weight("log loss 3 at 1", 3.0)], 3 * math.log(0.5))]:
+        assert gennas.score(weights, trained) == pytest.approx(expected, abs=1e-8)
+    for loss in (None, math.nan, math.inf):
+        assert gennas.score(gennas.PAPER, trained._replace(loss=loss)) == math.inf
 
 
 def test_regression_takes_as_many_and_as_small_images_as_the_settings_say():
@@ -1238,7 +1268,7 @@ def test_diverged_networks_rank_last_and_are_marked():
     scorer = Scorer(trainer_for(Linear()))
     (good, bad), = scorer([small_task()], ["good", "bad"])
     score = scorer.scores[scorer.keys(small_task(), ["bad"])[0]]
-    assert math.isfinite(good) and bad == math.inf and score.loss is None and score.curve == [None, None]
+    assert math.isfinite(good) and bad == math.inf and score.loss is None and score.losses == [[None] * 3] * 3
     assert gennas.spearman([-good, -bad, -math.inf], [3, 2, 1]) == pytest.approx(3 / math.sqrt(12))
     assert gennas.show_loss(bad) == "diverged" and gennas.finite(bad) is None
 
@@ -1333,7 +1363,7 @@ def genes(any_task) -> dict[str, object]:
     return data
 
 
-@pytest.mark.parametrize("kind, fields", [(Task, 19), (RnnTask, 12)])
+@pytest.mark.parametrize("kind, fields", [(Task, 20), (RnnTask, 13)])
 def test_random_and_mutated_tasks(kind, fields):
     """Draws are valid, print and read back; each field has the chances of the paper's task space; mutation redraws a
     fifth."""
@@ -1352,7 +1382,7 @@ def test_random_and_mutated_tasks(kind, fields):
     assert all(own) if kind is RnnTask else 0.45 < sum(own) / len(own) < 0.55
     frequencies = [f for signal in signals for f in signal.get("frequencies", ())]
     assert 0.24 < sum(frequencies) / len(frequencies) < 0.26 and min(frequencies) < 0.02 and max(frequencies) > 0.48
-    for name in drawn[0].keys() - {"noise"}:
+    for name in drawn[0].keys() - {"noise", "weights"}:
         values = [d[name] for d in drawn]
         if name.startswith(("channels", "dimension")):
             assert set(values) == set(range(16, 97, 16))
@@ -1380,19 +1410,16 @@ def test_search_task(run, tmp_path):
     result = last_json(stdout)
     assert status == 0 and result["mode"] == "search-task"
     assert (result["evaluated"], result["n"], result["n_held_out"]) == (9, 5, 4)
-    assert (f"spearman {result['spearman']:.3f} on the 5 labels of the search, {result['spearman_other_seeds']:.3f} by "
-            f"other seeds, {result['spearman_held_out']:.3f} on 4 others") in stderr
+    assert f"spearman {result['spearman']:.3f} on the 5 labels of the search" in stderr
+    assert f"{result['spearman_held_out']:.3f} on 4 others" in stderr and "49/49" in stderr
     losses = recorded(out)
-    counts = Counter(key.split()[0] for key in losses)  # the digest of a task, and a seed
-    assert "139/139" in stderr  # 9 tasks on 5 by 3 seeds, the found one on 4 more
-    assert sorted(counts.values()) == [5] * 26 + [9]
-    assert Counter(name[-1] for name in counts) == {"0": 9, "1": 9, "2": 9}
+    counts = Counter(tuple(key.split()[:2]) for key in losses)  # the digest of a task
+    assert sorted(counts.values()) == [5] * 8 + [9]  # 9 tasks on 5, the found one on 4 more
 
     found.write_text(run(*command, "--quiet")[1])  # without --json, what it prints is a task file
     assert json.loads(found.read_text()) == result["task"]
-    for file, name in ((labels, "spearman"), (rest, "spearman_held_out")):
-        words = "--mode", "correlate", "--labels", file, "--limit", 5, "--task", found, "--json", "--steps", 1
-        assert last_json(run(*words)[1])["spearman"] == pytest.approx(result[name])
+    words = "--mode", "correlate", "--labels", rest, "--task", found, "--json", "--steps", 1
+    assert last_json(run(*words)[1])["spearman"] == pytest.approx(result["spearman_held_out"])
 
     lines = out.read_bytes().splitlines(keepends=True)  # killed, and continued
     out.write_bytes(b"".join(lines[:17]) + lines[17][:9])
@@ -1400,57 +1427,144 @@ def test_search_task(run, tmp_path):
     assert timeless(again) == timeless(result) and recorded(out) == losses
 
 
+def test_search_task_in_several_spaces(run, tmp_path, monkeypatch):
+    """The merit is the mean over the spaces; a record holds both, and resumes; equal with several workers."""
+    monkeypatch.setitem(search_spaces.SPACES, "nbmacro", lambda **sizes: NBMacro(width=4))
+    files, rng = [], random.Random(3)
+    for space in (NB201(), NBMacro()):
+        archs = list({space.key(arch): space.format(arch) for arch in (space.random(rng) for _ in range(7))}.values())
+        files.append(tmp_path / f"{space.name}.json")
+        files[-1].write_text(json.dumps([[arch, float(i)] for i, arch in enumerate(archs)]))
+    out = tmp_path / "out.jsonl"
+    spaces = "--space", "nb201", "nbmacro", "--labels", *files
+    command = *SEARCH_TASK, *spaces, "--limit", 4, "--json", "--out", out
+    status, stdout, stderr = run(*command)
+    result = last_json(stdout)
+    assert status == 0 and result["space"] == ["nb201", "nbmacro"] and (result["n"], result["n_held_out"]) == (8, 6)
+    lines = out.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 9 * 8 + 6 and set(json.loads(lines[0])["settings"]) == {"nb201", "nbmacro", "task"}
+    out.write_bytes(b"".join(lines[:30]))
+    assert timeless(last_json(run(*command)[1])) == timeless(result)
+    task = tmp_path / "task.json"
+    task.write_text(json.dumps(result["task"]))
+    rhos = [last_json(run("--mode", "correlate", "--space", space, "--labels", file, "--task", task, "--steps", 1,
+                          "--json")[1])["spearman"] for space, file in zip(spaces[1:3], files)]
+    assert all(map(math.isfinite, rhos))
+    for words, wanted in (
+            ((*SEARCH_TASK, "--space", "nb201", "nbmacro", "--labels", files[0]), "expected one for each --space, 2"),
+            ((*SEARCH_TASK, "--space", "nb201", "nb201"), "expected each once"),
+            ((*SEARCH_TASK, "--space", "nb201", "nbnlp", "--labels", *files), "is not for nbnlp"),
+            (("--mode", "correlate", "--space", "nb201", "nbmacro"), "several belong to --mode search-task")):
+        status, _, stderr = run(*words)
+        assert status == 2 and wanted in stderr and stderr.count("\n") == 1
+    assert run("--mode", "score", "--space", "nb201", RICH)[0] == 0  # an architecture behind the space is none
+
+
 def rig(monkeypatch, merit) -> list[Task]:
-    """In place of a training, `merit(task, seed, arch)` is the loss; the tasks that are asked for, in order."""
+    """In place of a training, `merit(task, arch)` is the loss; the tasks that are asked for, in order."""
     asked = []
 
     def regression(self, task: str, seed: int):
         asked.append(gennas.task_from_json(task))
-        return lambda space, arch: [merit(asked[-1], seed, arch)]
+        return lambda space, arch: gennas.Trained(merit(asked[-1], arch), [[1.0, 1.0, 1.0]], 1)
 
     monkeypatch.setattr(Trainer, "regression", regression)
     return asked
 
 
 def test_search_task_from_a_task(run, monkeypatch):
-    """The first population is the given task and mutants of it."""
-    asked, rng = rig(monkeypatch, lambda task, seed, arch: 1.0), random.Random(0)
-    command = "--mode", "search-task", "--limit", 3, "--population", 3, "--cycles", 0, "--json"
-    run(*command, "--task", "darts")
+    """The first population is the given task and mutants of it, else the known tasks and random ones; of a given task
+    and no cycles it is this alone."""
+    asked, rng = rig(monkeypatch, lambda task, arch: 1.0), random.Random(0)
+    command = "--mode", "search-task", "--limit", 3, "--cycles", 0, "--json"
+    run(*command, "--task", "darts", "--population", 3)
     assert asked[:9:3] == [gennas.TASKS["darts"], *[gennas.mutate_task(gennas.TASKS["darts"], rng) for _ in range(2)]]
     asked.clear()
-    run(*command)
-    assert asked[0] == gennas.random_task(random.Random(0), Task)
+    known = [task for task in gennas.TASKS.values() if isinstance(task, Task)]
+    run(*command, "--population", len(known) + 1)
+    assert asked[:3 * len(known) + 3:3] == [*[task.unweighted() for task in known], gennas.random_task(random.Random(0), Task)]
+    asked.clear()
+    assert last_json(run(*command, "--task", "darts")[1])["evaluated"] == 1 and set(asked) == {gennas.TASKS["darts"]}
 
 
 def test_search_task_prefers_what_correlates(run, monkeypatch):
-    """The found task is the one whose losses rank the built-in labels best, the most accurate network lowest."""
+    """The found task is the one whose losses rank the built-in labels best, the most accurate network lowest; where it
+    ranks them backwards, fitted weights turn it round."""
     accuracy = dict(NB201().labels)
 
-    def merit(task: Task, seed: int, arch) -> float:
-        sign = 1 if task.noise.level == 0 else -1  # without noise it ranks backwards, perfectly
-        return sign * accuracy[arch] + random.Random(str(arch)).gauss(0, 20 * task.noise.level)
+    def merit(task: Task, arch) -> float:
+        sign = 1 if task.noise.level == 0 else -1  # without noise it ranks backwards, and clearly
+        return sign * accuracy[arch] + random.Random(str(arch)).gauss(0, 5 + 20 * task.noise.level)
 
     asked = rig(monkeypatch, merit)
     result = last_json(run("--mode", "search-task", "--population", 10, "--cycles", 20, "--json")[1])
-    levels = {task.noise.level for task in asked}
-    assert 0 in levels and result["task"]["noise"]["level"] == min(levels - {0})
-    assert result["n"] == 20 and "n_held_out" not in result and result["spearman"] > 0.8
+    tasks = [gennas.task_from_json(text) for text in dict.fromkeys(task.to_json() for task in asked)]
+    rhos = {task: gennas.spearman([-merit(task, arch) for arch in accuracy], list(accuracy.values())) for task in tasks}
+    assert min(rhos.values()) < -0.4 and result["n"] == 20 and "n_held_out" not in result
+    found = gennas.task_from_json(json.dumps(result["task"]))
+    assert result["spearman"] >= max(rhos.values()) and result["fitted"] == (found.weights != gennas.PAPER)
+    backwards = min(tasks, key=rhos.get)
+    trained = [gennas.Trained(merit(backwards, arch), [[1.0]], 1) for arch in accuracy]
+    turned, = gennas.fit_weights([(trained, list(accuracy.values()))])
+    assert turned.term == "loss" and turned.weight < 0
 
 
-def test_other_seeds_choose_among_the_best_tasks(run, monkeypatch):
-    """By the seed of the search all tasks rank without fault, so that the first ten are the finalists; by others the
-    noise tells."""
-    accuracy, rng = dict(NB201().labels), random.Random(0)
-    finalists = [gennas.random_task(rng, Task) for _ in range(12)][:10]
+def plain_fit(x: np.ndarray, loss_column: int, values: Sequence[float]) -> np.ndarray:
+    """Scores of the rows by weights fitted to them, by numpy's least squares on the rows and, below, the penalty."""
+    middle = np.median(x, 0)
+    spread = np.median(abs(x - middle), 0)
+    z = np.clip((x - middle) / spread, -4, 4)
+    place = np.argsort(np.argsort([-value for value in values]))
+    wanted = (place - place.mean()) / place.std()
+    penalty = np.diag([math.sqrt(1e-6 if column == loss_column else 20) for column in range(x.shape[1])])
+    centred = z - z.mean(0)
+    return z @ np.linalg.lstsq(np.vstack([centred, penalty]), np.r_[wanted, np.zeros(len(penalty))], rcond=None)[0]
 
-    def merit(task: Task, seed: int, arch) -> float:
-        return -accuracy[arch] + random.Random(f"{arch} {seed}").gauss(0, 20 * task.noise.level if seed else 0)
 
-    rig(monkeypatch, merit)
-    result = last_json(run("--mode", "search-task", "--population", 12, "--cycles", 8, "--json")[1])
-    assert result["task"]["noise"]["level"] == min(task.noise.level for task in finalists)
-    assert result["spearman"] == pytest.approx(1) and result["spearman_other_seeds"] <= 1
+def drawn_networks(rng: np.random.Generator, n: int, level: float = 0.0) -> tuple[list, list]:
+    quality = rng.normal(size=n)
+    noise = rng.normal(size=(n, 4)) * 0.3
+    trained = [gennas.Trained(math.exp(-q + e[0] + level), [[math.exp(q + e[1]), math.exp(e[2])]] * 2,
+                              int(1e4 * math.exp(q + e[3]))) for q, e in zip(quality, noise)]
+    return trained, quality.tolist()
+
+
+def test_fit_weights():
+    """One space by hand; a diverged network is left out; weights of several spaces know nothing of their levels."""
+    trained, values = drawn_networks(np.random.default_rng(0), 30)
+    weights = gennas.fit_weights([(trained, values)])
+    assert weights == gennas.fit_weights([([*trained, trained[0]._replace(loss=math.nan)], [*values, 9.0])])
+    x = np.array([list(gennas.terms(each).values()) for each in trained])
+    scores = [gennas.score(weights, each) for each in trained]
+    difference = np.array(scores) - plain_fit(x, 0, values)
+    assert np.ptp(difference) < 1e-3 and gennas.spearman([-x for x in scores], values) > 0.9
+    assert {weight.term for weight in weights} == set(gennas.terms(trained[0]))
+    other = drawn_networks(np.random.default_rng(1), 30, level=0.5)
+    both = gennas.fit_weights([(trained, values), other])
+    for space in ((trained, values), other):
+        assert gennas.mean_rho([[gennas.score(both, each) for each in space[0]]], [space]) > 0.9
+    assert gennas.fit_weights([(trained[:2], values[:2])]) == gennas.fit_weights([([], [])]) == gennas.PAPER
+
+
+def test_judge():
+    """The merit of fitted weights is on networks that they were not fitted on; the paper's stay where they are better."""
+    rng = np.random.default_rng(2)
+    trained, values = drawn_networks(rng, 40)
+    folds = [list(range(10)) * 4]
+    for sign in (1, -1):  # by the loss alone the right order, then the reverse
+        space = trained, [sign * value for value in values]
+        merit, weights = gennas.judge([space], folds)
+        apart = [None] * 40
+        for fold in range(10):
+            fitted = gennas.fit_weights([tuple(zip(*[pair for i, pair in enumerate(zip(*space)) if i % 10 != fold]))])
+            for i in range(fold, 40, 10):
+                apart[i] = -gennas.score(fitted, trained[i])
+        assert merit == pytest.approx(gennas.spearman(apart, space[1])) and weights == gennas.fit_weights([space])
+    noise = rng.normal(size=40).tolist()
+    merit, weights = gennas.judge([(trained, noise)], folds)
+    assert abs(merit) < 0.5
+    exact = [-each.loss for each in trained]
+    assert gennas.judge([(trained, exact)], folds) == (1.0, gennas.PAPER)
 
 
 def test_built_in_labels():
@@ -1607,41 +1721,50 @@ def test_torchrun_processes_share_a_list(monkeypatch):
     """Two, here in turns at one store: each item is trained once, all results come to the first."""
     store, worked = torch.distributed.HashStore(), []
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, int(os.environ["RANK"]), 2)]))
-    monkeypatch.setattr(gennas, "make_trainer", lambda words: Mock(made_with={"images": "mine"}, side_effect=train))
+    monkeypatch.setattr(gennas, "make_trainers", lambda *words: {
+        "mine": Mock(made_with={"images": "mine"}, side_effect=train)})
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     processes: list[gennas.Torchrun] = []
 
-    def train(item: int):
+    def train(work: tuple[str, int]):
+        item = work[1]
         worked.append(item)
         if item == 1:  # while the first trains, the second takes the next
             processes[1].train(json.loads(processes[1].store.get(f"item {processes[1].store.add('drawn', 1)}")))
         if item == 9:
             raise ValueError("item 9 is wrong")
-        return [float(item)], 0.5
+        return made(item), 0.5
+
+    def made(item: int) -> gennas.Trained:
+        return gennas.Trained(float(item), [[math.nan, 1.0]], 7)
+
+    def names(*items: int) -> list[tuple[str, int]]:
+        return [("mine", item) for item in items]
 
     for rank in ("0", "1"):
         for name in ("RANK", "LOCAL_RANK"):
             monkeypatch.setenv(name, rank)
         processes.append(gennas.Torchrun(()))
     first, second = processes
-    assert sorted(first.map([1, 2, 3])) == [(0, [1.0], 0.5), (1, [2.0], 0.5), (2, [3.0], 0.5)] and worked == [1, 2, 3]
-    assert list(first.map([4])) == [(0, [4.0], 0.5)]
+    results = sorted(first.map(names(1, 2, 3)))
+    assert repr(results) == repr([(place, made(place + 1), 0.5) for place in range(3)]) and worked == [1, 2, 3]
+    assert repr(list(first.map(names(4)))) == repr([(0, made(4), 0.5)])
     with pytest.raises(ValueError, match="item 9"):
-        list(first.map([9]))
+        list(first.map(names(9)))
     for number in range(6, 9):
         first.store.set(f"item {number}", "null")
     first.store.set("made with", '{"images": "yours"}')
     second.serve()
-    assert "other images" in gennas.attempt(second.trainer, 1)[1]
+    assert "other images" in gennas.attempt(second.trainers, names(1)[0])[1]
     first.end()  # which has waited for the second
 
 
 def test_processes_end_with_an_error(tiny):
     """And give no result of the list before to the next. Here they are started by another thread than the first."""
     with ThreadPoolExecutor(1) as thread:
-        workers = thread.submit(gennas.Processes, 2, ("nb201", "fast", 1, "synthetic", 0, "cpu")).result()
+        workers = thread.submit(gennas.Processes, 2, (["nb201"], "fast", 1, "synthetic", 0, "cpu")).result()
     assert "GENNAS_PARENT" not in os.environ
-    item = gennas.TASKS["nb101"].to_json(), 0
+    item = "nb201", gennas.TASKS["nb101"].to_json(), 0
     archs = [NB201().format(NB201().random(random.Random(seed))) for seed in range(3)]
     assert sorted(place for place, *_ in workers.map([(*item, arch) for arch in archs])) == [0, 1, 2]
     with pytest.raises(ValueError, match="^wrong: not a network of nb201"):
@@ -1683,14 +1806,14 @@ def test_record(run, tmp_path):
     assert status == 2 and "holds no scores" in stderr and foreign.read_text() == "Dear reader"
 
 
-GOOD_SCORE = {"key": "k", "arch": "a", "loss": 1.0, "seconds": 1.0, "curve": [1.0, None]}
+GOOD_SCORE = {"key": "k", "arch": "a", "loss": 1.0, "params": 9, "seconds": 1.0, "losses": [[1.0, None]]}
 
 
 @pytest.mark.parametrize("line", [
     "{}", '""', "[]", "[" * 1000 + "]" * 1000, "null", json.dumps(GOOD_SCORE | {"more": 1}),
     *[json.dumps(GOOD_SCORE | change) for change in (
         {"loss": math.nan}, {"loss": True}, {"loss": "1"}, {"loss": 10 ** 400}, {"seconds": None}, {"key": 1},
-        {"arch": None}, {"curve": [True]}, {"curve": None})]], ids=lambda line: line[:70])
+        {"arch": None}, {"losses": [[True]]}, {"losses": [1.0]}, {"losses": None}, {"losses": []}, {"params": 1.5})]], ids=lambda line: line[:70])
 def test_a_record_with_a_line_that_is_no_score(run, tmp_path, line):
     out = tmp_path / "scores.jsonl"
     command = "--mode", "score", DEAD, "--out", out
@@ -1722,7 +1845,7 @@ def test_each_network_is_trained_once():
     space, calls = NB201(width=4, cells=1), []
 
     def regression(task: Task, seed: int):
-        return lambda space, arch: calls.append((task, arch)) or [len(calls)]
+        return lambda space, arch: calls.append((task, arch)) or gennas.Trained(len(calls), [[1.0]], 1)
 
     scorer = Scorer(trainer_for(space, regression=regression))
     twin = space.parse("|none~0|+|nor_conv_3x3~0|none~1|+|none~0|none~1|skip_connect~2|")
@@ -1731,6 +1854,8 @@ def test_each_network_is_trained_once():
     assert scorer([first], [twin, other, twin]) == [[1, 1, 1]] and len(calls) == 1
     assert scorer([second, first, second], [other, twin]) == [[2, 2], [1, 1], [2, 2]]
     assert [task for task, _ in calls] == [first, second] and len(scorer.scores) == 2
+    weighted = replace(first, weights=(Weight("loss", -3.0),))  # other weights need no training
+    assert scorer([weighted, first], [other]) == [[-3], [1]] and len(calls) == 2
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -1809,7 +1934,7 @@ def test_score(run, tmp_path, monkeypatch):
     curves = [call.args[2][2] for call in drawn.call_args_list]
     assert curves[0] == curves[1] and list(curves[0]) == [gennas.shortened(RICH, 70), DEAD]
     steps, losses, _ = curves[0][gennas.shortened(RICH, 70)]
-    assert list(steps) == [1, 2] and len(losses) == 2 and first["loss"] not in losses
+    assert list(steps) == [0, 1, 2] and len(losses) == 3 and losses[-1] == pytest.approx(first["loss"])
 
 
 def test_correlate(run, tmp_path):
@@ -1847,7 +1972,8 @@ class Known(Linear):
 def test_correlate_names_the_networks_furthest_off(capsys):
     """Each once, by its worst place; among fifty, the best fifth are ten."""
     space = Known()
-    trainer = trainer_for(space, regression=lambda task, seed: lambda space, arch: [float(space.key(arch))])
+    trainer = trainer_for(space, regression=lambda task, seed: lambda space, arch: gennas.Trained(
+        float(space.key(arch)), [[1.0]], 1))
     labels = [(f"{place}", -float(place)) for place in range(50)]
     labels[7] = "7", -49.5  # the last by label
     labels += [("3x", -3.0), ("30x", 100.0), ("nan", -60.0)]
