@@ -196,16 +196,10 @@ Parts = dict[str, tuple[tuple[Signal, ...], Shape]]  # name of a tensor -> the s
 
 @dataclass(frozen=True)
 class Weight(Checked):
-    """A summand of a score: `weight` times what `term` names (see `terms`), cut off below `low` and above `high`. The
-    paper's score, and the default, is PAPER: the loss after the last step and no other term."""
+    """A summand of a score: `weight` times what `term` names (see `terms`). The paper's score, and the default, is
+    PAPER: the loss after the last step and no other term."""
     term: str
     weight: float
-    low: float | None = None  # None: no limit
-    high: float | None = None
-
-    def __call__(self, value: float) -> float:
-        low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
-        return self.weight * min(max(value, low), high)
 
 
 class AnyTask(Checked):
@@ -374,7 +368,7 @@ def score(weights: Iterable[Weight], trained: Trained) -> float:
     """Lower is better; infinite for a network that diverged. A term that the training does not have counts 0."""
     if not diverged(trained):
         values = terms(trained)
-        return sum(weight(values[weight.term]) for weight in weights if weight.term in values)
+        return sum(each.weight * values[each.term] for each in weights if each.term in values)
     return math.inf
 
 
@@ -480,8 +474,8 @@ class Regression:
         with generators_kept(self.device):
             seed_generators(self.device, seed_of("weights", *purpose))
             body = space.build(arch)  # on the CPU: equal weights on all devices
-            params = sum(parameter.numel() for parameter in body.parameters())
             network = self.with_heads(body)
+            params = sum(parameter.numel() for parameter in body.parameters())
             network = network.to(self.device, memory_format=torch.channels_last).train()
             optimizer = self.optimizer(network)
             seed_generators(self.device, seed_of("noise", *purpose))
@@ -582,38 +576,45 @@ def search(space: Any, evaluate: Callable[[list], list[float]], seed: int, limit
 
 
 Labelled = tuple[list[Trained], list[float]]  # networks of a space, trained on one task, and their labels
-PRIOR = 20  # labels that weigh as much as the paper's weights
-REACH = 4  # median absolute deviations from the median, at which a term is cut off
+PRIOR = 20  # the penalty of a ridge regression that N labels outweigh as N grows beyond it
+REACH = 4  # median absolute deviations from the median
 FOLDS = 10
 
 
 def fit_weights(spaces: list[Labelled]) -> tuple[Weight, ...]:
     """Weights that rank labelled networks of one or several spaces as their labels do (not in the paper).
 
-    A ridge regression of the ranks within each space on the terms, in closed form. The loss is free, the others are
-    drawn to 0 as PRIOR labels would: so few labels change the paper's order little. A term is cut off at REACH, or the
-    few networks that hardly train would decide the weights of all others. PAPER where fewer than three did not diverge.
+    A ridge regression of the ranks within each space on the terms, in closed form. The loss is free, the other terms
+    are drawn to 0 by PRIOR, so that few labels leave mostly the loss. In the fit a term reaches no further than REACH
+    from the median of its space, or the few networks that hardly train would decide the weights of all others. PAPER
+    where less than three networks did not diverge, or all are equal.
     """
     spaces = [list(zip(*[(terms(x), value) for x, value in zip(*space) if not diverged(x)])) for space in spaces]
     spaces = [space for space in spaces if space and len(space[0]) >= 3 and np.ptp(space[1])]
     names = list(dict.fromkeys(name for tables, _ in spaces for table in tables for name in table))
-    if not names:
+    off, wanted = [], []  # of each network: its terms less their medians in its space, its rank
+    for tables, values in spaces:
+        x = np.array([[table.get(name, math.nan) for name in names] for table in tables])
+        x[:, np.isnan(x).all(0)] = 0  # a stage that does not count in this space
+        off.append(np.nan_to_num(x - np.nanmedian(x, 0)))
+        rank = ranks([-value for value in values])
+        wanted.append((rank - rank.mean()) / rank.std())
+    if not spaces:
         return PAPER
-    x = np.array([[table.get(name, math.nan) for name in names] for tables, _ in spaces for table in tables])
-    middle = np.nanmedian(x, 0)
-    x = np.where(np.isnan(x), middle, x)
-    spread = np.median(abs(x - middle), 0)
-    varied = spread > 1e-9
-    names, x, middle, spread = np.array(names)[varied], x[:, varied], middle[varied], spread[varied]
-    low, high = middle - REACH * spread, middle + REACH * spread
-    z = (np.clip(x, low, high) - middle) / spread
-    within = np.split(z, np.cumsum([len(values) for _, values in spaces])[:-1])  # spaces differ in level
-    z = np.concatenate([part - part.mean(0) for part in within])
-    wanted = [ranks([-value for value in values]) for _, values in spaces]
-    wanted = np.concatenate([(rank - rank.mean()) / rank.std() for rank in wanted])
-    weights = np.linalg.solve(z.T @ z + np.diag(np.where(names == "loss", 1e-6, PRIOR)), z.T @ wanted) / spread
-    numbers = np.vectorize(lambda number: float(f"{number:.6g}"))  # a task is what its JSON says, and that is read
-    return tuple(Weight(str(name), *numbers(row).tolist()) for name, *row in zip(names, weights, low, high))
+    x = np.concatenate(off)
+    spread = np.median(abs(x), 0)
+    spread = np.where(spread > 1e-5, spread, x.std(0))
+    varied = spread > 1e-5
+    if not varied.any():
+        return PAPER
+    names, spread = np.array(names)[varied], spread[varied]
+    z = [np.clip(each[:, varied] / spread, -REACH, REACH) for each in off]
+    count = [math.sqrt(len(x) / len(spaces) / len(each)) for each in z]  # all spaces count the same
+    z = np.concatenate([(each - each.mean(0)) * weight for each, weight in zip(z, count)])
+    wanted = np.concatenate([rank * weight for rank, weight in zip(wanted, count)])
+    penalty = np.diag(np.where(names == "loss", 1e-6, PRIOR))
+    weights = np.linalg.solve(z.T @ z + penalty, z.T @ wanted) / spread
+    return tuple(Weight(str(name), float(f"{weight:.6g}")) for name, weight in zip(names, weights))
 
 
 def mean_rho(scores: list[list[float]], spaces: list[Labelled]) -> float:
@@ -626,15 +627,17 @@ def judge(spaces: list[Labelled], folds: list[list[int]]) -> tuple[float, tuple[
     """The merit of a task and the weights that it has it with: the paper's, or, if they rank better, fitted ones.
 
     The merit is the mean rho over the spaces. That of fitted weights is found by cross-validation: `folds` gives each
-    network the number of its part, and its score is by weights that were fitted on all other parts.
+    network the number of its part, and its score is by weights that were fitted on all other parts, less the mean
+    score of these: the level of a score differs between fits.
     """
     merit = mean_rho([[score(PAPER, x) for x in trained] for trained, _ in spaces], spaces)
-    scores = [[0.0] * len(trained) for trained, _ in spaces]
+    scores = [[math.inf] * len(trained) for trained, _ in spaces]
     for fold in set(itertools.chain(*folds)):
-        fitted = fit_weights([tuple(zip(*[pair for pair, part in zip(zip(*space), parts) if part != fold])) or ([], [])
-                              for space, parts in zip(spaces, folds)])
-        for row, (trained, _), parts in zip(scores, spaces, folds):
-            row[:] = [score(fitted, x) if part == fold else old for old, x, part in zip(row, trained, parts)]
+        rest = [[pair for pair, part in zip(zip(*space), parts) if part != fold] for space, parts in zip(spaces, folds)]
+        fitted = fit_weights([tuple(zip(*pairs)) or ((), ()) for pairs in rest])
+        for row, (trained, _), parts, pairs in zip(scores, spaces, folds, rest):
+            level = np.mean([score(fitted, x) for x, _ in pairs if not diverged(x)] or [0.0])
+            row[:] = [score(fitted, x) - level if part == fold else old for old, x, part in zip(row, trained, parts)]
     by_fitted = mean_rho(scores, spaces)
     return (by_fitted, fit_weights(spaces)) if by_fitted > merit else (merit, PAPER)
 
@@ -746,10 +749,9 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "frequencies": ("10 numbers above 0 and below 0.5", lambda v: are((int, float), v) and len(v) == 10
                     and all(is_number(f, 0, 0.5) and f not in (0, 0.5) for f in v)),
     "density": ("a number from 0 to 1", lambda v: is_number(v, 0, 1)),
-    "weights": ("a list of objects with term, weight, low and high", lambda v: are(Weight, v) and len(v) > 0),
+    "weights": ("a list of objects with term and weight", lambda v: are(Weight, v) and len(v) > 0),
     "term": (f"one of {', '.join(TERMS)}", lambda v: isinstance(v, str) and v in TERMS),
-    "weight": ("a finite number", lambda v: is_number(v, -1e300, 1e300)),
-    **dict.fromkeys(("low", "high"), ("a finite number", lambda v: v is None or is_number(v, -1e300, 1e300))),
+    "weight": ("a number from -1e9 to 1e9", lambda v: is_number(v, -1e9, 1e9)),
     "dimension": ("a whole number from 1 to 1024", lambda v: type(v) is int and 1 <= v <= 1024),
     **dict.fromkeys(("input", "target"), ("a list of signals with per_sample true, each basis at most once",
                                           lambda v: are_mixed(v) and all(signal.per_sample for signal in v))),
@@ -1164,7 +1166,7 @@ class Preset(NamedTuple):
 FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.003, side=16, ridge=1.0)
 CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, "combo")
 RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, "combo")
-# preset -> family of spaces -> how it is scored; "": those that are not named, and spaces of your own
+# preset -> space, or family of spaces -> how it is scored; "": those that are not named, and spaces of your own
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {"": Preset(Settings()), "nbnlp": Preset(Settings(), {"reservoir": True})},
     "fast": {
@@ -1191,7 +1193,8 @@ class Trainer:
     def __init__(self, space: str, preset: str = "fast", steps: int | None = None, images: str = "synthetic",
                  seed: int = 0, device: str | None = None, rank: int = 0):
         family = space.removesuffix("-in").removesuffix("-fix") if space in search_spaces.SPACES else ""
-        self.settings, sizes, task = PRESETS[preset].get(family, PRESETS[preset][""])
+        presets = PRESETS[preset]
+        self.settings, sizes, task = presets.get(space) or presets.get(family) or presets[""]
         if steps is not None:
             self.settings = replace(self.settings, steps=steps)
         self.name, self.space = space, search_spaces.get(space, **sizes)
@@ -1467,16 +1470,20 @@ def plot_lines(path: str, title: str, *panels: tuple[str, str, dict[str, tuple[A
 
 
 # ------------------------------------------------------------------------------------------------------------- modes
-# Each prints its result and returns what --json adds to it.
+# Each prints its result and returns what --json adds to it; there the score of any task is called loss.
+def named(task: AnyTask) -> str:
+    return "loss" if task.weights == PAPER else "score"
+
+
 def run_search(scorer: Scorer, task: AnyTask, seed: int, limits: dict[str, int | None], evolution: dict[str, int],
                plot: str | None) -> dict[str, Any]:
     history = search(scorer.space, lambda archs: scorer([task], archs)[0], seed, limits, **evolution)
     arch, loss = min(history, key=lambda pair: pair[1])
     text, params = scorer.space.format(arch), int(scorer.space.params(arch))
-    print_line(f"{text}\nloss {show_loss(loss)}, {params:,} parameters; the best of {len(history)} evaluated "
+    print_line(f"{text}\n{named(task)} {show_loss(loss)}, {params:,} parameters; the best of {len(history)} evaluated "
                f"architectures, {len(scorer.scores)} different networks")
     if plot:
-        plot_search(history, "regression loss", plot)
+        plot_search(history, f"regression {named(task)}", plot)
     return {"arch": text, "loss": finite(loss), "params": params, "evaluated": len(history),
             "unique": len(scorer.scores)}
 
@@ -1499,7 +1506,7 @@ def run_score(scorer: Scorer, task: AnyTask, archs: list[Any], plot: str | None)
             results.append({"arch": text, "loss": finite(loss), "params": params, "seconds": known.seconds})
             print_line(f"{show_loss(loss):>9} {params:>12,} {known.seconds:>8.2f}  {text}")
 
-    print_line(f"{'loss':>9} {'parameters':>12} {'seconds':>8}  architecture")
+    print_line(f"{named(task):>9} {'parameters':>12} {'seconds':>8}  architecture")
     trained, = scorer.train([task], archs, receive=print_known)
     if plot:
         plot_lines(plot, "", ("training steps", "squared error, weighted over the stages", {
@@ -1544,8 +1551,8 @@ def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]]
     for network in furthest:
         print_line(f"{network['rank_by_score']:>8g} {network['rank_by_label']:>8g}  {network['arch']}")
     if plot:  # as they are, and by rank, which is what Spearman's rho compares
-        plot_lines(plot, summary, ("regression loss", "recorded value", {"": (losses, values, ".")}),
-                   ("rank by regression loss (1: lowest)", "rank by recorded value (1: lowest)",
+        plot_lines(plot, summary, (f"regression {named(task)}", "recorded value", {"": (losses, values, ".")}),
+                   (f"rank by regression {named(task)} (1: lowest)", "rank by recorded value (1: lowest)",
                     {"": (ranks(losses), ranks(values), ".")}))
     return {"n": len(labels), "spearman": finite(rho), "spearman_ci": [finite(low), finite(high)],
             "kendall": finite(tau), "spearman_params": finite(by_params), "spearman_best_fifth": finite(among_best),
@@ -1559,17 +1566,22 @@ def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask |
                     others: list[Labels], seed: int, evolution: dict[str, int], plot: str | None) -> dict[str, Any]:
     """On the labels of each scorer's space; rho on the others tells whether what was found is good for more than these.
     The first population starts with the known tasks or, with a `first` task, is that and mutants of it."""
-    draws = iter([first] if first else [task for task in TASKS.values() if isinstance(task, kind)])
+    known = [task.unweighted() for task in ([first] if first else TASKS.values()) if isinstance(task, kind)]
+    draws = iter(dict.fromkeys(known))
     keys = [[scorer.space.key(arch) for arch, _ in pairs] for scorer, pairs in zip(scorers, labels)]
-    folds = [[list(dict.fromkeys(row)).index(key) % FOLDS for key in row] for row in keys]
+    orders = [{key: place for place, key in enumerate(dict.fromkeys(row))} for row in keys]
+    folds = [[order[key] % FOLDS for key in row] for order, row in zip(orders, keys)]  # equal networks are in one
 
     def draw(rng: random.Random) -> AnyTask:
         return next(draws, None) or (mutate_task(first, rng) if first else random_task(rng, kind))
 
     def train(tasks: list[AnyTask], labels: list[Labels]) -> list[list[Labelled]]:
-        """For each task the networks of each space."""
+        """For each task the networks of each space that has labels."""
         spaces = []
-        for scorer, (archs, values) in zip(scorers, (zip(*pairs) for pairs in labels)):
+        for scorer, pairs in zip(scorers, labels):
+            if not pairs:
+                continue
+            archs, values = zip(*pairs)
             rows = scorer.train(tasks, archs, receive=lambda known: None)
             spaces.append([(row, list(values)) for row in rows])
         return list(zip(*spaces))
@@ -1584,7 +1596,7 @@ def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask |
     n, fitted = sum(map(len, labels)), task.weights != PAPER
     result = {"task": json.loads(task.to_json()), "n": n, "spearman": merit, "fitted": fitted}
     summary = f"spearman {merit:.3f} on the {n} labels of the search{', by cross-validation' * fitted}"
-    if all(others):
+    if any(others):
         spaces, = train([task], others)
         for name, weights in (("", task.weights), ("_paper", PAPER)):
             result[f"spearman_held_out{name}"] = mean_rho([[score(weights, x) for x in row] for row, _ in spaces], spaces)
@@ -1649,9 +1661,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--images", default="synthetic", metavar="synthetic|PATH", help=IMAGE_FILES)
     option("--seed", type=whole(0), default=0, metavar="N", help="of images, signals, weights, noise, search (0)")
     option("--device", metavar="cpu|cuda[:N]|mps", help="default: cuda where there is one, else cpu")
-    option("--population", **number, help="members of the queue (default 50, of tasks 20)")
+    option("--population", **number, help="members of the queue (default 50, of tasks 10)")
     option("--tournament", **number, help="members drawn, of which the best is mutated (default 10, of tasks 5)")
-    option("--cycles", type=whole(0), metavar="N", help="children after the first queue (default 400, of tasks 30)")
+    option("--cycles", type=whole(0), metavar="N", help="children after the first queue (default 400, of tasks 20)")
     option("--batch", **number, help="children made from the same queue (default 8, with --preset paper 1)")
     option("--max-params", **number, help="search among networks of at most N parameters")
     option("--max-flops", **number, help="and of at most N operations an image; a multiply-add is two")
@@ -1664,10 +1676,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--json", action="store_true", help="the last line of stdout is one JSON object")
     option("--quiet", action="store_true", help="no progress on stderr")
     args = parser.parse_intermixed_args(argv)
-    if args.mode == "score":  # --space NAME ARCH ...
-        args.space, args.arch = args.space[:1], args.space[1:] + args.arch
+    if args.mode == "score" and not args.arch:  # --space NAME ARCH ...
+        args.space, args.arch = args.space[:1], args.space[1:]
     if args.mode != "search-task" and len(args.space) > 1:
-        parser.error(f"--space {' '.join(args.space)}: several belong to --mode search-task, not to --mode {args.mode}")
+        parser.error(f"--space {' '.join(args.space)}: expected one, several belong to --mode search-task")
     if args.labels and len(args.labels) != len(args.space):
         parser.error(f"--labels {' '.join(args.labels)}: expected one for each --space, {len(args.space)}")
     if len(set(args.space)) < len(args.space):
@@ -1709,7 +1721,7 @@ def split_labels(args: argparse.Namespace, trainer: Trainer) -> tuple[Labels, La
 
 
 # mode -> population, tournament, cycles
-EVOLUTIONS = {"search": (50, 10, 400), "search-task": (20, 5, 30)}
+EVOLUTIONS = {"search": (50, 10, 400), "search-task": (10, 5, 20)}
 
 
 def evolution_of(args: argparse.Namespace) -> dict[str, int]:
@@ -1775,8 +1787,7 @@ def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, start
             result = run_search(*start(candidates), task, args.seed, limits, evolution, args.plot)
         case "search-task":
             labels, others = zip(*(split_labels(args, each) for each in trainers.values()))
-            held_out = sum(map(len, others)) if all(others) else 0
-            scorers = start(candidates * sum(map(len, labels)) + held_out)
+            scorers = start(candidates * sum(map(len, labels)) + sum(map(len, others)))
             first = task if args.task else None
             result = run_search_task(scorers, type(task), first, labels, others, args.seed, evolution, args.plot)
         case "correlate":

@@ -225,7 +225,7 @@ def test_equal_tasks_have_equal_digests():
     other = gennas.task_from_json(json.dumps(dict(reversed(data.items()))))
     assert other == small_task() and other.digest() == small_task().digest() and other.to_json() != text
     assert replace(small_task(), noise=Noise("uniform", 0.2)).digest() != other.digest()
-    weighted = replace(small_task(), weights=(Weight("log params", -1.0), Weight("loss", 2.0, high=3.0)))
+    weighted = replace(small_task(), weights=(Weight("log params", -1.0), Weight("loss", 2.0)))
     assert weighted.digest() != other.digest() and weighted.unweighted() == other
     assert gennas.task_from_json(weighted.to_json()) == weighted
 
@@ -242,7 +242,7 @@ WRONG_TASKS = [  # where, what
     ("stages.0.signals.0.per_sample", 1), ("stages.1.signals.0.density", 1.01), ("stages.0.signals.0.density", 0.5),
     ("stages.2.signals", [{"basis": "resize", "level": 1.0}] * 2), ("surplus", 1), ("stages.0.surplus", 1),
     ("weights", []), ("weights", {"loss": 1.0}), ("weights.0", 1), ("weights.0.term", "log loss 4 at 1"),
-    ("weights.0.term", []), ("weights.0.weight", "1"), ("weights.0.weight", math.inf), ("weights.0.low", True),
+    ("weights.0.term", []), ("weights.0.weight", "1"), ("weights.0.weight", math.inf), ("weights.0.weight", True),
     ("weights.0.surplus", 1),
 ]
 
@@ -1207,9 +1207,9 @@ def test_score_by_weights():
     trained = gennas.Trained(3.0, [[1.0, 2.0, math.e], [1.0, 2.0, 0.0], [1.0, math.inf, 0.5]], 100)
     assert set(gennas.terms(trained)) <= set(gennas.TERMS)
     for weights, expected in [
-            (gennas.PAPER, 3), ([Weight("loss", -2.0, low=4.0)], -8), ([Weight("loss", 2.0, high=1.5)], 3),
+            (gennas.PAPER, 3), ([Weight("loss", -2.0)], -6),
             ([Weight("log params", 1.0)], math.log(100)), ([Weight("log loss 2 at 1", 1.0)], 0),  # infinite: no term
-            ([Weight("log loss 3 at 0", 1.0), Weight("log loss 2 at 0", 2.0, 0.0, 0.5)], 2),
+            ([Weight("log loss 3 at 0", 1.0), Weight("log loss 2 at 0", 2.0)], 1 + 2 * math.log(2)),
             ([Weight("log loss 3 at 0.25", 1.0)], math.log(1e-9)), ([Weight("log loss 3 at 1", 3.0)], 3 * math.log(0.5))]:
         assert gennas.score(weights, trained) == pytest.approx(expected, abs=1e-8)
     for loss in (None, math.nan, math.inf):
@@ -1238,7 +1238,7 @@ def test_presets_in_a_space(space, preset, steps, side, width):
 def test_presets_name_families():
     families = {name.removesuffix("-in").removesuffix("-fix") for name in search_spaces.SPACES}
     for name, presets in gennas.PRESETS.items():
-        assert set(presets) <= families | {""}
+        assert set(presets) <= families | set(search_spaces.SPACES) | {""}
         assert all((preset.settings.ridge is None) == (name == "paper") for preset in presets.values())
     assert gennas.Trainer("darts", "paper").task_name == "darts" and set(gennas.PRESETS["fast"]) >= families
 
@@ -1518,7 +1518,7 @@ def plain_fit(x: np.ndarray, loss_column: int, values: Sequence[float]) -> np.nd
     wanted = (place - place.mean()) / place.std()
     penalty = np.diag([math.sqrt(1e-6 if column == loss_column else 20) for column in range(x.shape[1])])
     centred = z - z.mean(0)
-    return z @ np.linalg.lstsq(np.vstack([centred, penalty]), np.r_[wanted, np.zeros(len(penalty))], rcond=None)[0]
+    return x / spread @ np.linalg.lstsq(np.vstack([centred, penalty]), np.r_[wanted, np.zeros(len(penalty))], rcond=None)[0]
 
 
 def drawn_networks(rng: np.random.Generator, n: int, level: float = 0.0) -> tuple[list, list]:
@@ -1530,7 +1530,7 @@ def drawn_networks(rng: np.random.Generator, n: int, level: float = 0.0) -> tupl
 
 
 def test_fit_weights():
-    """One space by hand; a diverged network is left out; weights of several spaces know nothing of their levels."""
+    """One space by hand; a diverged network is left out; of several spaces, their levels and sizes do not matter."""
     trained, values = drawn_networks(np.random.default_rng(0), 30)
     weights = gennas.fit_weights([(trained, values)])
     assert weights == gennas.fit_weights([([*trained, trained[0]._replace(loss=math.nan)], [*values, 9.0])])
@@ -1539,11 +1539,17 @@ def test_fit_weights():
     difference = np.array(scores) - plain_fit(x, 0, values)
     assert np.ptp(difference) < 1e-3 and gennas.spearman([-x for x in scores], values) > 0.9
     assert {weight.term for weight in weights} == set(gennas.terms(trained[0]))
-    other = drawn_networks(np.random.default_rng(1), 30, level=0.5)
+    other = drawn_networks(np.random.default_rng(1), 90, level=3.0)
     both = gennas.fit_weights([(trained, values), other])
     for space in ((trained, values), other):
         assert gennas.mean_rho([[gennas.score(both, each) for each in space[0]]], [space]) > 0.9
+    thrice = gennas.fit_weights([(trained * 3, values * 3), other])
+    assert [weight.weight for weight in thrice] == pytest.approx([weight.weight for weight in both], rel=0.2, abs=0.2)
     assert gennas.fit_weights([(trained[:2], values[:2])]) == gennas.fit_weights([([], [])]) == gennas.PAPER
+    assert gennas.fit_weights([(trained[:1] * 9, values[:9])]) == gennas.PAPER  # all equal
+    most = [trained[0]._replace(loss=loss) for loss in (1.0, 1.0, 1.0, 1.0, 2.0, 3.0)]  # equal up to a few
+    weight, = gennas.fit_weights([(most, [9, 9, 9, 9, 5, 1])])
+    assert weight.term == "loss" and weight.weight > 0
 
 
 def test_judge():
@@ -1557,8 +1563,9 @@ def test_judge():
         apart = [None] * 40
         for fold in range(10):
             fitted = gennas.fit_weights([tuple(zip(*[pair for i, pair in enumerate(zip(*space)) if i % 10 != fold]))])
+            level = np.mean([gennas.score(fitted, each) for i, each in enumerate(trained) if i % 10 != fold])
             for i in range(fold, 40, 10):
-                apart[i] = -gennas.score(fitted, trained[i])
+                apart[i] = level - gennas.score(fitted, trained[i])
         assert merit == pytest.approx(gennas.spearman(apart, space[1])) and weights == gennas.fit_weights([space])
     noise = rng.normal(size=40).tolist()
     merit, weights = gennas.judge([(trained, noise)], folds)
