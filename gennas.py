@@ -866,6 +866,22 @@ TASKS: dict[str, AnyTask] = {
         Signal("dot", 1.0, True, density=1.0),), (
         Signal("dot", 1.0, True, density=1.0),)),
 }
+# space -> weights of the TERMS, in their order, for that space, the preset fast and its number of steps
+FITTED: dict[str, tuple[float, ...]] = {
+    "nb101": (2.59, -.0523, 0, 5.43, .312, 0, -4.51, -.191, 0, 17.6, .0957, 0, 7.09, .181),
+    "nb201": (10.3, -.696, 0, -14.8, -.0676, 0, 7.9, .221, 0, 1.95, .37, 0, -2.34, -1.83),
+    "darts-in": (4.02, -.435, .399, 3.4, .23, -.431, 1.17, -.0162, .373, .564, -.214, -1.42, 1.2, -.28),
+    "pnas-in": (4.24, -.34, .568, 4.46, .536, 3.87, 6.25, -.409, 1.64, 5.59, -.71, -1.1, -4.21, .217),
+    "resnext-a-in": (.94, -.295, .321, -.274, -.00101, 1.13, .214, .107, 1.13, .214, .107, .656, -.0912, .0114),
+    "nbmacro": (21.7, -.499, 5.83, .933, -3.5, 7.54, -.561, -3.07, 7.43, -.638, -2.06, 5.56, -1.16, 2.58),
+}
+# the signals of nb101 serve everywhere but in nbmacro; there, the best of 100 random tasks by its own fitted weights
+MACRO = Task(Noise("gaussian", 0.0), (
+    Stage(16, (Signal("gdot", 2.3, False, density=0.8703),)),
+    Stage(80, (Signal("resize", 1.4),)),
+    Stage(32, (Signal("dot", 0.9, True, density=0.8759), Signal("resize", 2.4)))))
+TASKS |= {f"{space}-fitted": replace(MACRO if space == "nbmacro" else TASKS["nb101"], weights=tuple(
+    Weight(term, weight) for term, weight in zip(TERMS, weights) if weight)) for space, weights in FITTED.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- image files
@@ -1172,16 +1188,19 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "fast": {
         "": Preset(FAST),
         # stage 1 ranks these two backwards
-        "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True}),
+        "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True},
+                        "nb101-fitted"),
         # small networks are told apart better on larger images; a learning rate of 1 is too much for them
         "nb201": Preset(replace(FAST, steps=12, learning_rate=0.3, side=24, stage_weights=(0.0, 0.5, 1.0)),
-                        {"width": 8, "cells": 2, "all_blocks": True}),
+                        {"width": 8, "cells": 2, "all_blocks": True}, "nb201-fitted"),
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32),
-                          {"width": 8, "all_blocks": True}, "combo"),
+                          {"width": 8, "all_blocks": True}, "nbmacro-fitted"),
         "nbnlp": Preset(replace(FAST, steps=60), {"reservoir": True, "widths": (100, 150, 150, 100)}),
         **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
         **dict.fromkeys(("resnet", "resnext-a"), RESIDUAL),
         "resnext-b": RESIDUAL._replace(sizes={"shrink": 4} | RESIDUAL.sizes),
+        **{space: CELLS._replace(task=f"{space}-fitted") for space in ("darts-in", "pnas-in")},
+        "resnext-a-in": RESIDUAL._replace(task="resnext-a-in-fitted"),
     },
 }
 
@@ -1599,7 +1618,8 @@ def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask |
     if any(others):
         spaces, = train([task], others)
         for name, weights in (("", task.weights), ("_paper", PAPER)):
-            result[f"spearman_held_out{name}"] = mean_rho([[score(weights, x) for x in row] for row, _ in spaces], spaces)
+            scores = [[score(weights, x) for x in row] for row, _ in spaces]
+            result[f"spearman_held_out{name}"] = mean_rho(scores, spaces)
         result["n_held_out"] = sum(map(len, others))
         summary += f", {result['spearman_held_out']:.3f} on {result['n_held_out']} others"
         summary += f" ({result['spearman_held_out_paper']:.3f} by the paper's weights)" * fitted
