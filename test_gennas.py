@@ -1241,6 +1241,12 @@ def test_presets_name_families():
         assert set(presets) <= families | set(search_spaces.SPACES) | {""}
         assert all((preset.settings.ridge is None) == (name == "paper") for preset in presets.values())
     assert gennas.Trainer("darts", "paper").task_name == "darts" and set(gennas.PRESETS["fast"]) >= families
+    names = {space: gennas.Trainer(space).task_name for space in ("darts", "pnas-in", "nbnlp", *gennas.FITTED)}
+    assert names == {"darts": "combo", "pnas-in": "pnas-in-fitted", "nbnlp": "nlp"} | {
+        space: f"{space}-fitted" for space in gennas.FITTED}
+    terms = [weight.term for weight in gennas.TASKS["nb201-fitted"].weights]
+    assert terms == [term for term in gennas.TERMS if not term.startswith("log loss 1")]  # stage 1 has no loss there
+    assert all(len(weights) == len(gennas.TERMS) for weights in gennas.FITTED.values())
 
 
 def test_devices(monkeypatch):
@@ -2290,7 +2296,8 @@ def test_readme_commands(run, tmp_path, monkeypatch, command):
     cells = {"nb201": [RICH, DEAD, "[[3],[0,0],[1,0,0]]"],
              "nb101": [NB101().format(NB101().random(random.Random(seed))) for seed in range(3)]}
     for space, archs in cells.items():
-        Path(f"{space}.json").write_text(json.dumps(list(zip(archs, range(3)))))
+        for name in (space, f"{space}_unseen"):
+            Path(f"{name}.json").write_text(json.dumps(list(zip(archs, range(3)))))
     Path("my_task.json").write_text(small_task().to_json())
     Path("my_space.py").write_text(plain_space())
     Path("figures").mkdir()
