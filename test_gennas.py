@@ -1210,7 +1210,8 @@ def test_score_by_weights():
             (gennas.PAPER, 3), ([Weight("loss", -2.0)], -6),
             ([Weight("log params", 1.0)], math.log(100)), ([Weight("log loss 2 at 1", 1.0)], 0),  # infinite: no term
             ([Weight("log loss 3 at 0", 1.0), Weight("log loss 2 at 0", 2.0)], 1 + 2 * math.log(2)),
-            ([Weight("log loss 3 at 0.25", 1.0)], math.log(1e-9)), ([Weight("log loss 3 at 1", 3.0)], 3 * math.log(0.5))]:
+            ([Weight("log loss 3 at 0.25", 1.0)], math.log(1e-9)),
+            ([Weight("log loss 3 at 1", 3.0)], 3 * math.log(0.5))]:
         assert gennas.score(weights, trained) == pytest.approx(expected, abs=1e-8)
     for loss in (None, math.nan, math.inf):
         assert gennas.score(gennas.PAPER, trained._replace(loss=loss)) == math.inf
@@ -1486,9 +1487,9 @@ def test_search_task_from_a_task(run, monkeypatch):
     run(*command, "--task", "darts", "--population", 3)
     assert asked[:9:3] == [gennas.TASKS["darts"], *[gennas.mutate_task(gennas.TASKS["darts"], rng) for _ in range(2)]]
     asked.clear()
-    known = [task for task in gennas.TASKS.values() if isinstance(task, Task)]
+    known = list(dict.fromkeys(task.unweighted() for task in gennas.TASKS.values() if isinstance(task, Task)))
     run(*command, "--population", len(known) + 1)
-    assert asked[:3 * len(known) + 3:3] == [*[task.unweighted() for task in known], gennas.random_task(random.Random(0), Task)]
+    assert asked[:3 * len(known) + 3:3] == [*known, gennas.random_task(random.Random(0), Task)]
     asked.clear()
     assert last_json(run(*command, "--task", "darts")[1])["evaluated"] == 1 and set(asked) == {gennas.TASKS["darts"]}
 
@@ -1524,7 +1525,8 @@ def plain_fit(x: np.ndarray, loss_column: int, values: Sequence[float]) -> np.nd
     wanted = (place - place.mean()) / place.std()
     penalty = np.diag([math.sqrt(1e-6 if column == loss_column else 20) for column in range(x.shape[1])])
     centred = z - z.mean(0)
-    return x / spread @ np.linalg.lstsq(np.vstack([centred, penalty]), np.r_[wanted, np.zeros(len(penalty))], rcond=None)[0]
+    below = np.vstack([centred, penalty]), np.r_[wanted, np.zeros(len(penalty))]
+    return x / spread @ np.linalg.lstsq(*below, rcond=None)[0]
 
 
 def drawn_networks(rng: np.random.Generator, n: int, level: float = 0.0) -> tuple[list, list]:
@@ -1559,7 +1561,8 @@ def test_fit_weights():
 
 
 def test_judge():
-    """The merit of fitted weights is on networks that they were not fitted on; the paper's stay where they are better."""
+    """The merit of fitted weights is on networks that they were not fitted on; the paper's stay where they rank better.
+    """
     rng = np.random.default_rng(2)
     trained, values = drawn_networks(rng, 40)
     folds = [list(range(10)) * 4]
@@ -1826,7 +1829,8 @@ GOOD_SCORE = {"key": "k", "arch": "a", "loss": 1.0, "params": 9, "seconds": 1.0,
     "{}", '""', "[]", "[" * 1000 + "]" * 1000, "null", json.dumps(GOOD_SCORE | {"more": 1}),
     *[json.dumps(GOOD_SCORE | change) for change in (
         {"loss": math.nan}, {"loss": True}, {"loss": "1"}, {"loss": 10 ** 400}, {"seconds": None}, {"key": 1},
-        {"arch": None}, {"losses": [[True]]}, {"losses": [1.0]}, {"losses": None}, {"losses": []}, {"params": 1.5})]], ids=lambda line: line[:70])
+        {"arch": None}, {"losses": [[True]]}, {"losses": [1.0]}, {"losses": None}, {"losses": []}, {"params": 1.5})]],
+    ids=lambda line: line[:70])
 def test_a_record_with_a_line_that_is_no_score(run, tmp_path, line):
     out = tmp_path / "scores.jsonl"
     command = "--mode", "score", DEAD, "--out", out
@@ -1936,7 +1940,8 @@ def test_score(run, tmp_path, monkeypatch):
     out, results = tmp_path / "scores.jsonl", []
     for _ in range(2):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{RICH}\n\n[[3],[2,4],[1,3,2]]\n{DEAD}"))
-        words = "--mode", "score", "-", "--json", "--quiet", "--plot", tmp_path / "x.png", "--out", out
+        words = ("--mode", "score", "-", "--task", "nb101", "--quiet", "--plot", tmp_path / "x.png", "--out", out,
+                 "--json")
         status, stdout, stderr = run(*words)
         assert status == 0 and stderr == ""
         results.append(last_json(stdout)["results"])
