@@ -576,7 +576,7 @@ def search(space: Any, evaluate: Callable[[list], list[float]], seed: int, limit
 
 
 Labelled = tuple[list[Trained], list[float]]  # networks of a space, trained on one task, and their labels
-PRIOR = 20  # the penalty of a ridge regression that N labels outweigh as N grows beyond it
+PRIOR = 20  # the penalty of the ridge regression, a constant: it fades as labels come
 REACH = 4  # median absolute deviations from the median
 FOLDS = 10
 
@@ -609,9 +609,9 @@ def fit_weights(spaces: list[Labelled]) -> tuple[Weight, ...]:
         return PAPER
     names, spread = np.array(names)[varied], spread[varied]
     z = [np.clip(each[:, varied] / spread, -REACH, REACH) for each in off]
-    count = [math.sqrt(len(x) / len(spaces) / len(each)) for each in z]  # all spaces count the same
-    z = np.concatenate([(each - each.mean(0)) * weight for each, weight in zip(z, count)])
-    wanted = np.concatenate([rank * weight for rank, weight in zip(wanted, count)])
+    shares = [math.sqrt(len(x) / len(spaces) / len(each)) for each in z]  # all spaces count the same
+    z = np.concatenate([(each - each.mean(0)) * share for each, share in zip(z, shares)])
+    wanted = np.concatenate([rank * share for rank, share in zip(wanted, shares)])
     penalty = np.diag(np.where(names == "loss", 1e-6, PRIOR))
     weights = np.linalg.solve(z.T @ z + penalty, z.T @ wanted) / spread
     return tuple(Weight(str(name), float(f"{weight:.6g}")) for name, weight in zip(names, weights))
@@ -866,7 +866,8 @@ TASKS: dict[str, AnyTask] = {
         Signal("dot", 1.0, True, density=1.0),), (
         Signal("dot", 1.0, True, density=1.0),)),
 }
-# space -> weights of the TERMS, in their order, for that space, the preset fast and its number of steps
+# space -> weights of the TERMS, in their order, for that space, the preset fast and its number of steps; such as
+# `--mode search-task --task nb101 --cycles 0` fits, to the labels that the README's results name
 FITTED: dict[str, tuple[float, ...]] = {
     "nb101": (2.59, -.0523, 0, 5.43, .312, 0, -4.51, -.191, 0, 17.6, .0957, 0, 7.09, .181),
     "nb201": (10.3, -.696, 0, -14.8, -.0676, 0, 7.9, .221, 0, 1.95, .37, 0, -2.34, -1.83),
@@ -1405,14 +1406,17 @@ class Scorer:
         """`receive` is called with each as soon as it is known; by default the best is noted for the progress."""
         keys = [self.keys(task, archs) for task in tasks]
         counts = Counter(itertools.chain.from_iterable(keys))
-        texts = [task.to_json() for task in tasks]
+        texts = [task.unweighted().to_json() for task in tasks]
         weights = {key: task.weights for task, row in zip(tasks, keys) for key in row}
         unknown = {key: (text, arch) for text, row in zip(texts, keys) for key, arch in zip(row, archs)
                    if key not in self.record.known}
 
         def keep(known: Score, trained: bool) -> None:
             self.scores[known.key] = known
-            (receive or (lambda known: self.progress.lead(score(weights[known.key], known), known.arch)))(known)
+            if receive:
+                receive(known)
+            else:
+                self.lead(weights[known.key], known)
             for _ in range(counts[known.key]):
                 self.progress.advance(trained)
 
@@ -1426,6 +1430,9 @@ class Scorer:
             self.record.add(Score(names[place], items[place][-1], finite(loss), params, seconds, losses))
             keep(self.record.known[names[place]], trained=True)
         return [[self.scores[key] for key in row] for row in keys]
+
+    def lead(self, weights: Iterable[Weight], known: Score) -> None:
+        self.progress.lead(score(weights, known), known.arch)
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -1489,11 +1496,15 @@ def plot_lines(path: str, title: str, *panels: tuple[str, str, dict[str, tuple[A
 
 
 # ------------------------------------------------------------------------------------------------------------- modes
-# Each prints its result and returns what --json adds to it; there the score of any task is called loss.
+Labels = list[tuple[Any, float]]  # architectures and their values
+
+
 def named(task: AnyTask) -> str:
+    """What its score is called, but for --json, where it is always loss."""
     return "loss" if task.weights == PAPER else "score"
 
 
+# Each of these prints its result and returns what --json adds to it.
 def run_search(scorer: Scorer, task: AnyTask, seed: int, limits: dict[str, int | None], evolution: dict[str, int],
                plot: str | None) -> dict[str, Any]:
     history = search(scorer.space, lambda archs: scorer([task], archs)[0], seed, limits, **evolution)
@@ -1518,7 +1529,7 @@ def run_score(scorer: Scorer, task: AnyTask, archs: list[Any], plot: str | None)
 
     def print_known(known: Score) -> None:
         """In the order in which they were asked for."""
-        scorer.progress.lead(score(task.weights, known), known.arch)
+        scorer.lead(task.weights, known)
         while len(results) < len(keys) and keys[len(results)] in scorer.scores:
             arch, known = archs[len(results)], scorer.scores[keys[len(results)]]
             params, text, loss = int(scorer.space.params(arch)), scorer.space.format(arch), score(task.weights, known)
@@ -1543,7 +1554,7 @@ def weighted(losses: list[list[float | None]], settings: Settings) -> list[float
 SHOWN = 5  # networks that a correlation names, those furthest off
 
 
-def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]], plot: str | None) -> dict[str, Any]:
+def run_correlate(scorer: Scorer, task: AnyTask, labels: Labels, plot: str | None) -> dict[str, Any]:
     """A search lives among the best, so rho there, and what the best by score are worth, stand beside the whole rho."""
     archs, values = zip(*labels)
     losses, = scorer([task], archs)
@@ -1576,9 +1587,6 @@ def run_correlate(scorer: Scorer, task: AnyTask, labels: list[tuple[Any, float]]
     return {"n": len(labels), "spearman": finite(rho), "spearman_ci": [finite(low), finite(high)],
             "kendall": finite(tau), "spearman_params": finite(by_params), "spearman_best_fifth": finite(among_best),
             "mean_of_ten_best": finite(ten_best), "furthest": furthest, "seconds_per_arch": seconds}
-
-
-Labels = list[tuple[Any, float]]
 
 
 def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask | None, labels: list[Labels],
@@ -1641,6 +1649,7 @@ def run_show(trainer: Trainer, task: AnyTask, plot: str | None) -> dict[str, Any
 
 # ------------------------------------------------------------------------------------------------------ command line
 MODES = "search", "search-task", "score", "correlate", "show"
+EVOLUTIONS = {"search": (50, 10, 400), "search-task": (10, 5, 20)}  # mode -> population, tournament, cycles
 # option -> the modes that it belongs to, where it does not belong to all
 BELONGS = {"arch": ("score",), "labels": ("correlate", "search-task"), "limit": ("correlate", "search-task"),
            "max_params": ("search",), "max_flops": ("search",), "out": MODES[:4],
@@ -1681,9 +1690,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--images", default="synthetic", metavar="synthetic|PATH", help=IMAGE_FILES)
     option("--seed", type=whole(0), default=0, metavar="N", help="of images, signals, weights, noise, search (0)")
     option("--device", metavar="cpu|cuda[:N]|mps", help="default: cuda where there is one, else cpu")
-    option("--population", **number, help="members of the queue (default 50, of tasks 10)")
-    option("--tournament", **number, help="members drawn, of which the best is mutated (default 10, of tasks 5)")
-    option("--cycles", type=whole(0), metavar="N", help="children after the first queue (default 400, of tasks 20)")
+    defaults = [f"(default {of_archs}, of tasks {of_tasks})" for of_archs, of_tasks in zip(*EVOLUTIONS.values())]
+    option("--population", **number, help=f"members of the queue {defaults[0]}")
+    option("--tournament", **number, help=f"members drawn, of which the best is mutated {defaults[1]}")
+    option("--cycles", type=whole(0), metavar="N", help=f"children after the first queue {defaults[2]}")
     option("--batch", **number, help="children made from the same queue (default 8, with --preset paper 1)")
     option("--max-params", **number, help="search among networks of at most N parameters")
     option("--max-flops", **number, help="and of at most N operations an image; a multiply-add is two")
@@ -1740,10 +1750,6 @@ def split_labels(args: argparse.Namespace, trainer: Trainer) -> tuple[Labels, La
     return first, others if len(others) > 2 else []
 
 
-# mode -> population, tournament, cycles
-EVOLUTIONS = {"search": (50, 10, 400), "search-task": (10, 5, 20)}
-
-
 def evolution_of(args: argparse.Namespace) -> dict[str, int]:
     """What `regularized_evolution` is given."""
     population, tournament, cycles = EVOLUTIONS.get(args.mode, (1, 1, 0))
@@ -1767,9 +1773,10 @@ def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, start
     if torchrun and args.workers:
         raise ValueError("--workers is for one machine without torchrun; expected torchrun --nproc-per-node N")
     evolution = evolution_of(args)
-    spaces, *others = words
-    trainers = torchrun.trainers if torchrun else {space: Trainer(space, *others) for space in spaces}
+    spaces = args.space
+    trainers = torchrun.trainers if torchrun else {space: Trainer(space, *words[1:]) for space in spaces}
     trainer = trainers[spaces[0]]
+    images = " and ".join(dict.fromkeys(each.images_name for each in trainers.values()))
     name = trainer.task_name if args.task is None else args.task
     task = read_task(name)
     for each in trainers.values():
@@ -1782,8 +1789,7 @@ def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, start
         record = Record(args.out, made_with_all(trainers) | {"task": asked})
         if not args.quiet:
             about = f"task {name}, " if asked or args.task else ""
-            steps, images = (" and ".join(dict.fromkeys(str(of(each)) for each in trainers.values()))
-                             for of in (lambda each: each.settings.steps, lambda each: each.images_name))
+            steps = " and ".join(dict.fromkeys(str(each.settings.steps) for each in trainers.values()))
             write_stderr(f"gennas: {args.mode} {' '.join(spaces)}, {about}{steps} steps, images {images}, on "
                          f"{trainer.device.type}\n")
         if trainer.device.type == "cpu":  # a worker keeps a core or a GPU busy
@@ -1825,7 +1831,6 @@ def run(args: argparse.Namespace, torchrun: Torchrun | None, words: tuple, start
         asked = spaces if len(spaces) > 1 else trainer.name
         about = {"mode": args.mode, "space": asked, "task": name, **result, "preset": args.preset}
         seconds = round(time.perf_counter() - clock, 3)
-        images = " and ".join(dict.fromkeys(each.images_name for each in trainers.values()))
         print_line(json.dumps(about | {"images": images, "seconds": seconds}))
 
 
