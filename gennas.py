@@ -3,8 +3,9 @@
 Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (NeurIPS 2021, arXiv 2108.01899).
 
 In the order in which it runs: signal bases; the task, which mix of signals a network's three stages must reproduce;
-images; the regression, whose loss is the score; regularized evolution, of architectures and of tasks; rank correlation.
-That is the method. Below the banner stands what it takes to run it, as `python gennas.py --space nb201`, or --help.
+images; the regression, whose losses make the score; regularized evolution of architectures; of tasks, with the weights
+of their losses; rank correlation. That is the method. Below the banner stands what it takes to run it, as `python
+gennas.py --space nb201`, or --help; there the method's limits, generators and checks of a task are too, and the tasks.
 """
 from __future__ import annotations
 
@@ -133,6 +134,8 @@ def resize(rng: torch.Generator, shape: Shape, images: Tensor) -> Tensor:
     """The images (B, 3, h, w) themselves, made H x W and scaled to [-1, 1] as a whole; each map one random colour."""
     small = F.interpolate(images, size=shape[2:])
     low, high = small.aminmax()
+    if low == high:
+        raise ValueError("resize: made small, the images are the same everywhere")
     return (2 * (small - low) / (high - low) - 1)[:, torch.randint(0, 3, (shape[1],), generator=rng)]
 
 
@@ -336,7 +339,7 @@ class Settings:
     weight_decay: float = 4e-5  # on parameters of more than one dimension
     rnn_learning_rate: float = 1e-3  # of the benchmark's own records
     rnn_weight_decay: float = 1.2e-6  # on all parameters
-    stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # of the stages' losses in the loss; one of weight 0 has none
+    stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # of the stages in the loss; one of weight 0 gets no loss
     batch: int = 16  # images or sequences
     side: int = 32  # of the images
     size: int = 8  # side of the targets, length of the sequences
@@ -346,11 +349,11 @@ class Settings:
 class Trained(NamedTuple):
     """What the training of a network gives."""
     loss: float  # after the last step, weighted over the stages
-    losses: list[list[float]]  # (steps + 1, stages): before each step and after the last one; NaN of stages without one
-    params: int  # parameters of the network as it was trained
+    losses: list[list[float]]  # (steps + 1, stages): before each step and, in eval() mode, after the last; NaN: none
+    params: int  # of the network that was trained, which may be smaller than the benchmark's; without heads
 
 
-MOMENTS = 0.0, 0.25, 0.5, 1.0  # shares of the steps of a training after which a score may read its losses
+MOMENTS = 0.0, 0.25, 0.5, 1.0  # after these shares of the steps a score may read the losses; of 2 steps the second is 1
 TERMS = "loss", "log params", *(f"log loss {stage} at {moment:g}" for moment in MOMENTS for stage in (1, 2, 3))
 
 
@@ -360,16 +363,20 @@ def terms(trained: Trained) -> dict[str, float]:
     for moment in MOMENTS:
         for stage, loss in enumerate(trained.losses[math.floor(moment * steps + 0.5)], start=1):
             if loss is not None and math.isfinite(loss):
-                values[f"log loss {stage} at {moment:g}"] = math.log(loss + 1e-9)  # that of no signals is 0
+                values[f"log loss {stage} at {moment:g}"] = math.log(loss + 1e-9)  # of a stage without signals it is 0
     return values
 
 
 def score(weights: Iterable[Weight], trained: Trained) -> float:
-    """Lower is better; infinite for a network that diverged. A term that the training does not have counts 0."""
-    if not diverged(trained):
-        values = terms(trained)
-        return sum(each.weight * values[each.term] for each in weights if each.term in values)
-    return math.inf
+    """Lower is better; infinite for a network that diverged. A term that the training does not have, as of a stage
+    without a loss, counts 0; ValueError if it has none of them."""
+    if diverged(trained):
+        return math.inf
+    values = terms(trained)
+    summands = [each.weight * values[each.term] for each in weights if each.term in values]
+    if not summands:
+        raise ValueError(f"weights: expected some of {', '.join(values)}")
+    return sum(summands)
 
 
 def diverged(trained: Trained) -> bool:
@@ -411,9 +418,9 @@ class TrainedHeads(nn.Module):
 
     def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor]):
         super().__init__()
-        self.body, self.size = body.eval(), targets[0].shape[2:]
-        with torch.no_grad():  # of two images, for some batch norms use the batch's own statistics in eval() too
-            widths = [tap.shape[1] for tap in body(images[:2])]
+        self.body, self.size = body, targets[0].shape[2:]
+        with torch.no_grad():  # of two images, because some batch norms use the batch's own statistics in eval() too
+            widths = [tap.shape[1] for tap in body.eval()(images[:2])]
         check_taps(widths, targets)
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
                                    for width, target in zip(widths, targets))
@@ -461,10 +468,10 @@ class Regression:
         drawn = task.draw(images, seed, settings.batch, settings.size)
         tensors = [x[:, 0] for x in drawn] if isinstance(task, RnnTask) else [images, *drawn]
         self.inputs, *self.targets = map(self.place, tensors)
-        self.solved_for: dict[tuple[int, int], Tensor] = {}  # stage, side of its tap -> rows of the target, mean 0
-        self.weights = settings.stage_weights[-len(self.targets):]
+        self.solved_for: dict[tuple[int, ...], Tensor] = {}  # stage, sides of its tap -> rows of the target, mean 0
+        self.weights = settings.stage_weights[-len(self.targets):]  # a recurrent network has one stage, the last
         self.counting = [stage for stage, weight in enumerate(self.weights) if weight]
-        self.stage_weights = torch.tensor(self.weights, device=self.device)[self.counting]
+        self.counting_weights = torch.tensor(self.weights, device=self.device)[self.counting]
 
     def place(self, x: Tensor) -> Tensor:
         return x.to(self.device, memory_format=torch.channels_last if x.ndim == 4 else torch.preserve_format)
@@ -482,7 +489,7 @@ class Regression:
             losses = []  # stay on the device until the end: no step waits for it
             for _ in range(self.settings.steps):
                 stages = self.stage_losses(network)
-                loss = self.stage_weights @ stages
+                loss = self.counting_weights @ stages
                 if loss.requires_grad:  # a dead network learns nothing
                     optimizer.zero_grad()
                     loss.backward()
@@ -492,7 +499,7 @@ class Regression:
             with torch.no_grad():
                 losses.append(self.stage_losses(network))
             losses = torch.stack(losses)
-            *_, loss = (losses @ self.stage_weights).tolist()
+            *_, loss = (losses @ self.counting_weights).tolist()
             table = torch.full((len(losses), len(self.weights)), math.nan)
             table[:, self.counting] = losses.cpu()
             return Trained(loss, table.tolist(), params)
@@ -504,7 +511,7 @@ class Regression:
             return Encoder(body, self.task.dimension, decoder=trained)
         if trained:
             return TrainedHeads(body, self.inputs.cpu(), self.targets)
-        torch.func.replace_all_batch_norm_modules_(body)  # those without running statistics
+        torch.func.replace_all_batch_norm_modules_(body)  # by those without running statistics
         return body
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
@@ -530,11 +537,12 @@ class Regression:
         target = self.targets[stage]
         if target.ndim == 4 and features.shape[2] > target.shape[2]:
             features = F.interpolate(features, size=target.shape[2:])
-        if (stage, features.shape[2]) not in self.solved_for:
+        sides = stage, *features.shape[2:]
+        if sides not in self.solved_for:
             maps = target.cpu()  # not all devices have this pool for all sizes
             wanted = rows(F.adaptive_avg_pool2d(maps, features.shape[2:]) if maps.ndim == 4 else maps)
-            self.solved_for[stage, features.shape[2]] = (wanted - wanted.mean(0)).to(self.device)
-        return ridge_loss(rows(features), self.solved_for[stage, features.shape[2]], self.settings.ridge)
+            self.solved_for[sides] = (wanted - wanted.mean(0)).to(self.device)
+        return ridge_loss(rows(features), self.solved_for[sides], self.settings.ridge)
 
     def noise(self) -> Tensor:
         noise, drawn = self.task.noise, torch.empty_like(self.inputs)
@@ -575,9 +583,10 @@ def search(space: Any, evaluate: Callable[[list], list[float]], seed: int, limit
     return regularized_evolution(draw, mutate, evaluate, random.Random(seed), **evolution)
 
 
-Labelled = tuple[list[Trained], list[float]]  # networks of a space, trained on one task, and their labels
+# ----------------------------------------------------------- weights of a score; search of tasks (paper, 3.3 and 3.4)
+Labelled = list[tuple[Trained, float]]  # networks of a space, trained on one task, and their labels
 PRIOR = 20  # the penalty of the ridge regression, a constant: it fades as labels come
-REACH = 4  # median absolute deviations from the median
+REACH = 4  # typical deviations from the median of a space
 FOLDS = 10
 
 
@@ -586,58 +595,61 @@ def fit_weights(spaces: list[Labelled]) -> tuple[Weight, ...]:
 
     A ridge regression of the ranks within each space on the terms, in closed form. The loss is free, the other terms
     are drawn to 0 by PRIOR, so that few labels leave mostly the loss. In the fit a term reaches no further than REACH
-    from the median of its space, or the few networks that hardly train would decide the weights of all others. PAPER
-    where less than three networks did not diverge, or all are equal.
+    typical (median absolute) deviations from the median of its space, or the few networks that hardly train would
+    decide the weights of all others. PAPER where less than three networks did not diverge, or all are equal.
     """
-    spaces = [list(zip(*[(terms(x), value) for x, value in zip(*space) if not diverged(x)])) for space in spaces]
-    spaces = [space for space in spaces if space and len(space[0]) >= 3 and np.ptp(space[1])]
-    names = list(dict.fromkeys(name for tables, _ in spaces for table in tables for name in table))
-    off, wanted = [], []  # of each network: its terms less their medians in its space, its rank
-    for tables, values in spaces:
-        x = np.array([[table.get(name, math.nan) for name in names] for table in tables])
-        x[:, np.isnan(x).all(0)] = 0  # a stage that does not count in this space
-        off.append(np.nan_to_num(x - np.nanmedian(x, 0)))
-        rank = ranks([-value for value in values])
+    deviations, wanted = [], []  # for each space: (n, terms), from their medians there; (n,), standardised ranks
+    for space in spaces:
+        known = [(terms(trained), value) for trained, value in space if not diverged(trained)]
+        if len(known) < 3 or len({value for _, value in known}) == 1:
+            continue
+        x = np.array([[table.get(name, math.nan) for name in TERMS] for table, _ in known])
+        x[:, np.isnan(x).all(0)] = 0  # a stage that has no loss in this space
+        deviations.append(np.nan_to_num(x - np.nanmedian(x, 0)))
+        rank = ranks([-value for _, value in known])
         wanted.append((rank - rank.mean()) / rank.std())
-    if not spaces:
+    if not wanted:
         return PAPER
-    x = np.concatenate(off)
-    spread = np.median(abs(x), 0)
-    spread = np.where(spread > 1e-5, spread, x.std(0))
-    varied = spread > 1e-5
+    everywhere = np.concatenate(deviations)
+    typical = np.median(abs(everywhere), 0)
+    typical = np.where(typical > 1e-5, typical, everywhere.std(0))  # where most are equal
+    varied = typical > 1e-5
     if not varied.any():
         return PAPER
-    names, spread = np.array(names)[varied], spread[varied]
-    z = [np.clip(each[:, varied] / spread, -REACH, REACH) for each in off]
-    shares = [math.sqrt(len(x) / len(spaces) / len(each)) for each in z]  # all spaces count the same
-    z = np.concatenate([(each - each.mean(0)) * share for each, share in zip(z, shares)])
-    wanted = np.concatenate([rank * share for rank, share in zip(wanted, shares)])
-    penalty = np.diag(np.where(names == "loss", 1e-6, PRIOR))
-    weights = np.linalg.solve(z.T @ z + penalty, z.T @ wanted) / spread
+    names, typical = np.array(TERMS)[varied], typical[varied]
+    z = [np.clip(x[:, varied] / typical, -REACH, REACH) for x in deviations]
+    shares = [math.sqrt(len(everywhere) / len(z) / len(x)) for x in z]  # all spaces count the same
+    z = np.concatenate([(x - x.mean(0)) * share for x, share in zip(z, shares)])
+    target = np.concatenate([rank * share for rank, share in zip(wanted, shares)])
+    penalty = np.diag(np.where(names == "loss", 1e-6, PRIOR))  # not quite 0: the matrix must be regular
+    weights = np.linalg.solve(z.T @ z + penalty, z.T @ target) / typical
     return tuple(Weight(str(name), float(f"{weight:.6g}")) for name, weight in zip(names, weights))
 
 
 def mean_rho(scores: list[list[float]], spaces: list[Labelled]) -> float:
     """Over the spaces, of their rho of -score with the labels; one that is undefined counts as 0."""
-    rhos = [spearman([-x for x in row], values) for row, (_, values) in zip(scores, spaces)]
+    rhos = [spearman([-x for x in row], [value for _, value in space]) for row, space in zip(scores, spaces)]
     return float(np.mean(np.nan_to_num(rhos)))
 
 
 def judge(spaces: list[Labelled], folds: list[list[int]]) -> tuple[float, tuple[Weight, ...]]:
-    """The merit of a task and the weights that it has it with: the paper's, or, if they rank better, fitted ones.
+    """The merit of a task, mean rho over the spaces, and the weights that give it: the paper's, or, if they rank
+    better, fitted ones.
 
-    The merit is the mean rho over the spaces. That of fitted weights is found by cross-validation: `folds` gives each
-    network the number of its part, and its score is by weights that were fitted on all other parts, less the mean
-    score of these: the level of a score differs between fits.
+    The merit of fitted weights is found by cross-validation: `folds` gives each network of each space the number of
+    its fold, and its score is by weights that were fitted on all other folds, less the mean score of these: the level
+    of a score differs between fits.
     """
-    merit = mean_rho([[score(PAPER, x) for x in trained] for trained, _ in spaces], spaces)
-    scores = [[math.inf] * len(trained) for trained, _ in spaces]
+    merit = mean_rho([[score(PAPER, trained) for trained, _ in space] for space in spaces], spaces)
+    scores = [[math.inf] * len(space) for space in spaces]
     for fold in set(itertools.chain(*folds)):
-        rest = [[pair for pair, part in zip(zip(*space), parts) if part != fold] for space, parts in zip(spaces, folds)]
-        fitted = fit_weights([tuple(zip(*pairs)) or ((), ()) for pairs in rest])
-        for row, (trained, _), parts, pairs in zip(scores, spaces, folds, rest):
-            level = np.mean([score(fitted, x) for x, _ in pairs if not diverged(x)] or [0.0])
-            row[:] = [score(fitted, x) - level if part == fold else old for old, x, part in zip(row, trained, parts)]
+        others = [[pair for pair, own in zip(space, row) if own != fold] for space, row in zip(spaces, folds)]
+        fitted = fit_weights(others)
+        for space, row, rest, found in zip(spaces, folds, others, scores):
+            level = np.mean([score(fitted, trained) for trained, _ in rest if not diverged(trained)] or [0.0])
+            for place, (trained, _) in enumerate(space):
+                if row[place] == fold:
+                    found[place] = score(fitted, trained) - level
     by_fitted = mean_rho(scores, spaces)
     return (by_fitted, fit_weights(spaces)) if by_fitted > merit else (merit, PAPER)
 
@@ -645,21 +657,20 @@ def judge(spaces: list[Labelled], folds: list[list[int]]) -> tuple[float, tuple[
 def search_task(draw: Callable, assess: Callable[[list[AnyTask]], list[tuple[float, tuple[Weight, ...]]]],
                 seed: int = 0, **evolution: int) -> tuple[AnyTask, float, list[tuple[AnyTask, float]]]:
     """Regularized evolution over tasks (paper, 3.4): the best task, its merit, and all (task, -merit). `draw(rng)`
-    gives a task of the first population, `assess(tasks)` for each its merit and the weights that it has it with.
+    gives a task of the first population, `assess(tasks)` for each its merit and the weights that give it.
 
     The paper's merit is |rho| of the loss. But a task that ranks backwards would count as a good one while an
     architecture search minimises its loss; a fitted weight, which may be negative, makes use of such a task.
     """
-    assessed: list[tuple[float, tuple[Weight, ...]]] = []
+    assessed: dict[AnyTask, tuple[float, tuple[Weight, ...]]] = {}
 
     def evaluate(tasks: list[AnyTask]) -> list[float]:
-        assessed.extend(assess(tasks))
-        return [-merit for merit, _ in assessed[-len(tasks):]]
+        assessed.update(zip(tasks, assess(tasks)))
+        return [-assessed[task][0] for task in tasks]
 
     history = regularized_evolution(draw, mutate_task, evaluate, random.Random(seed), **evolution)
-    best = max(range(len(history)), key=lambda place: assessed[place][0])
-    merit, weights = assessed[best]
-    return replace(history[best][0], weights=weights), merit, history
+    best, loss = min(history, key=lambda pair: pair[1])
+    return replace(best, weights=assessed[best][1]), -loss, history
 
 
 # ------------------------------------------------------------------------------------------------- rank correlation
@@ -731,7 +742,7 @@ def are(kind: type | tuple[type, ...], value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
 
 
-def are_mixed(value: Any) -> bool:
+def are_signals(value: Any) -> bool:
     return are(Signal, value) and len({signal.basis for signal in value}) == len(value)
 
 
@@ -743,7 +754,7 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "level": ("a number from 0 to 10", lambda v: is_number(v, 0, 10)),
     "stages": ("a list of three objects", lambda v: are(Stage, v) and len(v) == 3),
     "channels": (f"a whole number from 1 to {MAX_CHANNELS}", lambda v: type(v) is int and 1 <= v <= MAX_CHANNELS),
-    "signals": ("a list of signals, each basis at most once", are_mixed),
+    "signals": ("a list of signals, each basis at most once", are_signals),
     "basis": (f"one of {', '.join(BASES)}", lambda v: isinstance(v, str) and v in BASES),
     "per_sample": ("true or false", lambda v: isinstance(v, bool)),
     "frequencies": ("10 numbers above 0 and below 0.5", lambda v: are((int, float), v) and len(v) == 10
@@ -754,7 +765,7 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "weight": ("a number from -1e9 to 1e9", lambda v: is_number(v, -1e9, 1e9)),
     "dimension": ("a whole number from 1 to 1024", lambda v: type(v) is int and 1 <= v <= 1024),
     **dict.fromkeys(("input", "target"), ("a list of signals with per_sample true, each basis at most once",
-                                          lambda v: are_mixed(v) and all(signal.per_sample for signal in v))),
+                                          lambda v: are_signals(v) and all(signal.per_sample for signal in v))),
 }
 PARTS_OF = {"noise": Noise, "stages": Stage, "signals": Signal, "input": Signal, "target": Signal,  # what a field holds
             "weights": Weight}
@@ -908,11 +919,12 @@ def load_images(source: str, seed: int, count: int = 16) -> tuple[Tensor, str]:
         path = next((path / name for name in BATCHES if (path / name).is_file()), None)
         if path is None:
             raise ValueError(f"images {source}: the folder has none of {', '.join(BATCHES)}")
-    if path.stat() and not path.is_file():
+    path.stat()  # OSError if there is none
+    if not path.is_file():
         raise ValueError(f"images {source}: not a regular file")
     try:
         array, statistics = read_array(path) if path.suffix in (".npy", ".npz") else read_batch(path)
-        if len(array) < count or array[:count].nbytes > MOST_BYTES:
+        if len(array) < count or 4 * array[:count].size > MOST_BYTES:  # as float32
             raise ValueError(f"{len(array)} images, {count} are needed, of a usual size")
         images = torch.from_numpy(np.array(array[:count], array.dtype.newbyteorder("=")))
         name = f"{path.name} (first {count}, sha256 {digest_of(images.numpy().tobytes())})"
@@ -1030,15 +1042,16 @@ class Record:
 
     def read(self, line: bytes, number: int) -> None:
         try:
-            score = Score(**json.loads(line))
-            losses = [loss for loss in (score.loss, *itertools.chain(*score.losses)) if loss is not None]
-            right = are(str, score[:2]) and type(score.params) is int and len(score.losses) > 0 and all(
-                is_number(x, -1e300, 1e300) for x in [score.seconds, *losses])
+            known = Score(**json.loads(line))
+            losses = [x for x in (known.loss, *itertools.chain(*known.losses)) if x is not None]
+            right = (are(str, known[:2]) and type(known.params) is int and are(list, tuple(known.losses))
+                     and all(is_number(x, 0, 1e300) for x in (known.seconds, *losses))
+                     and {len(row) for row in known.losses} in ({1}, {3}))  # stages
         except (RecursionError, TypeError, ValueError):
             right = False
         if not right:
             raise ValueError(f"{self.path}, line {number}: not a score; expected another --out file")
-        self.known[score.key] = score
+        self.known[known.key] = known
 
     def add(self, score: Score) -> None:
         if self.file:
@@ -1073,7 +1086,7 @@ class Progress:
         self.best = min(self.best, (loss, what))
 
     def leader(self) -> list[str]:
-        return [f"best {show_loss(self.best[0])} {self.best[1]}"] if self.best[1] else []
+        return [f"best {self.best[1]}"] if self.best[1] else []
 
     def advance(self, trained: bool) -> None:
         """By one score, that of a network trained in this run or a known one."""
@@ -1177,31 +1190,28 @@ def find_device(name: str | None, rank: int = 0) -> torch.device:
 class Preset(NamedTuple):
     settings: Settings
     sizes: dict[str, Any] = {}  # of the network that is trained, where they are not those of its class
-    task: str | None = None  # by default the one of the space
+    task: str | None = None  # by default the one of the space; with `fast` and its steps SPACE-fitted, if there is one
 
 
 FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.003, side=16, ridge=1.0)
 CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, "combo")
 RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, "combo")
-# preset -> space, or family of spaces -> how it is scored; "": those that are not named, and spaces of your own
+# preset -> family of spaces -> how it is scored; "": those that are not named, and spaces of your own
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {"": Preset(Settings()), "nbnlp": Preset(Settings(), {"reservoir": True})},
     "fast": {
         "": Preset(FAST),
         # stage 1 ranks these two backwards
-        "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True},
-                        "nb101-fitted"),
+        "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True}),
         # small networks are told apart better on larger images; a learning rate of 1 is too much for them
         "nb201": Preset(replace(FAST, steps=12, learning_rate=0.3, side=24, stage_weights=(0.0, 0.5, 1.0)),
-                        {"width": 8, "cells": 2, "all_blocks": True}, "nb201-fitted"),
+                        {"width": 8, "cells": 2, "all_blocks": True}),
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32),
-                          {"width": 8, "all_blocks": True}, "nbmacro-fitted"),
+                          {"width": 8, "all_blocks": True}, "combo"),
         "nbnlp": Preset(replace(FAST, steps=60), {"reservoir": True, "widths": (100, 150, 150, 100)}),
         **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
         **dict.fromkeys(("resnet", "resnext-a"), RESIDUAL),
         "resnext-b": RESIDUAL._replace(sizes={"shrink": 4} | RESIDUAL.sizes),
-        **{space: CELLS._replace(task=f"{space}-fitted") for space in ("darts-in", "pnas-in")},
-        "resnext-a-in": RESIDUAL._replace(task="resnext-a-in-fitted"),
     },
 }
 
@@ -1213,13 +1223,13 @@ class Trainer:
     def __init__(self, space: str, preset: str = "fast", steps: int | None = None, images: str = "synthetic",
                  seed: int = 0, device: str | None = None, rank: int = 0):
         family = space.removesuffix("-in").removesuffix("-fix") if space in search_spaces.SPACES else ""
-        presets = PRESETS[preset]
-        self.settings, sizes, task = presets.get(space) or presets.get(family) or presets[""]
+        self.settings, sizes, task = PRESETS[preset].get(family) or PRESETS[preset][""]
+        fitted = preset == "fast" and steps in (None, self.settings.steps) and space in FITTED
         if steps is not None:
             self.settings = replace(self.settings, steps=steps)
         self.name, self.space = space, search_spaces.get(space, **sizes)
         self.seed, self.device = seed, find_device(device, rank)
-        self.task_name = task or getattr(self.space, "task", "nb101")
+        self.task_name = f"{space}-fitted" if fitted else task or getattr(self.space, "task", "nb101")
         self.images, self.images_name = None, "none"
         if isinstance(read_task(self.task_name), Task):
             self.images, self.images_name = load_images(images, seed, self.settings.batch)
@@ -1317,13 +1327,17 @@ class Processes:
                     result, error = pipe.recv()
                 except (EOFError, OSError):
                     self.workers[pipe].join(1)
+                    self.kill()
                     raise ChildProcessError(f"a worker died (exit status {self.workers[pipe].exitcode})") from None
                 if error:
-                    for worker in self.workers.values():
-                        worker.kill()
+                    self.kill()
                     raise ValueError(error)
                 idle.append(pipe)
                 yield busy.pop(pipe), *result
+
+    def kill(self) -> None:
+        for worker in self.workers.values():
+            worker.kill()
 
 
 class Torchrun:
@@ -1432,7 +1446,8 @@ class Scorer:
         return [[self.scores[key] for key in row] for row in keys]
 
     def lead(self, weights: Iterable[Weight], known: Score) -> None:
-        self.progress.lead(score(weights, known), known.arch)
+        loss = score(weights, known)
+        self.progress.lead(loss, f"{show_loss(loss)} {known.arch}")
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -1465,7 +1480,7 @@ def new_plot(path: str, rows: int = 1, columns: int = 1, **options: Any) -> Iter
 def plot_signals(task: AnyTask, images: Tensor, seed: int, settings: Settings, path: str, count: int = 4) -> None:
     """Each signal of each part, and their sum: `count` maps of the first image, then of the second; maps of as many
     sequences where a part has only one map for each."""
-    rows = []
+    rows, last = [], 0
     totals = task.draw(images, seed, settings.batch, settings.size)
     for (name, (signals, shape)), total in zip(task.parts(settings.batch, settings.size).items(), totals):
         rows += [(f"{name}\n{signal.level} {signal.basis}", signal.maps(shape, images, name, seed).expand(shape))
@@ -1473,21 +1488,25 @@ def plot_signals(task: AnyTask, images: Tensor, seed: int, settings: Settings, p
         rows.append((f"{name}\nsum", total))
     with new_plot(path, len(rows), 2 * count, figsize=(2 + 1.6 * count, len(rows))) as axes:
         for (label, maps), line in zip(rows, axes):
-            most = maps.abs().max()
+            most, channels = maps.abs().max(), min(count, maps.shape[1])
             for column, ax in enumerate(line):
-                sample, channel = divmod(column, min(count, maps.shape[1]))
+                sample, channel = divmod(column, channels)
                 ax.imshow(maps[sample, channel].numpy(), cmap="RdBu_r", aspect="auto", vmin=-most, vmax=most)
                 ax.set(xticks=[], yticks=[])
-                if ax in axes[0]:
+                if channels != last:
                     ax.set_title(f"sample {sample + 1}\nchannel {channel + 1}", fontsize=8)
+            last = channels
             line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
 
 
-def plot_lines(path: str, title: str, *panels: tuple[str, str, dict[str, tuple[Any, Any, str]]]) -> None:
-    """Panels side by side, each (x label, y label, {name: (x, y, style)}); names are shown where there are several."""
-    with new_plot(path, 1, len(panels), figsize=(1 + 5 * len(panels), 4)) as (axes,):
+Panel = tuple[str, str, list[tuple[str, Any, Any, str]]]  # x label, y label, lines: name, x, y, style
+
+
+def plot_lines(path: str, title: str, *panels: Panel) -> None:
+    """Panels side by side; the names of lines are shown where there are several."""
+    with new_plot(path, 1, len(panels), figsize=(1 + 4.5 * len(panels), 4)) as (axes,):
         for ax, (x_label, y_label, lines) in zip(axes, panels):
-            for name, (x, y, style) in lines.items():
+            for name, x, y, style in lines:
                 ax.plot(x, y, style, markersize=4, label=name)
             ax.set(xlabel=x_label, ylabel=y_label)
             if len(lines) > 1:
@@ -1513,15 +1532,15 @@ def run_search(scorer: Scorer, task: AnyTask, seed: int, limits: dict[str, int |
     print_line(f"{text}\n{named(task)} {show_loss(loss)}, {params:,} parameters; the best of {len(history)} evaluated "
                f"architectures, {len(scorer.scores)} different networks")
     if plot:
-        plot_search(history, f"regression {named(task)}", plot)
+        plot_lines(plot, "", search_panel(history, f"regression {named(task)}"))
     return {"arch": text, "loss": finite(loss), "params": params, "evaluated": len(history),
             "unique": len(scorer.scores)}
 
 
-def plot_search(history: list[tuple[Any, float]], name: str, path: str) -> None:
+def search_panel(history: list[tuple[Any, float]], name: str) -> Panel:
     losses, numbers = [loss for _, loss in history], range(1, len(history) + 1)
-    plot_lines(path, "", ("candidates evaluated", name, {
-        "candidate": (numbers, losses, "."), "best so far": (numbers, np.minimum.accumulate(losses), "-")}))
+    return "candidates evaluated", name, [
+        ("candidate", numbers, losses, "."), ("best so far", numbers, np.minimum.accumulate(losses), "-")]
 
 
 def run_score(scorer: Scorer, task: AnyTask, archs: list[Any], plot: str | None) -> dict[str, Any]:
@@ -1539,16 +1558,17 @@ def run_score(scorer: Scorer, task: AnyTask, archs: list[Any], plot: str | None)
     print_line(f"{named(task):>9} {'parameters':>12} {'seconds':>8}  architecture")
     trained, = scorer.train([task], archs, receive=print_known)
     if plot:
-        plot_lines(plot, "", ("training steps", "squared error, weighted over the stages", {
-            shortened(known.arch, 70): (range(len(known.losses)), weighted(known.losses, scorer.trainer.settings), "-")
-            for known in trained}))
+        plot_lines(plot, "", ("training steps", "squared error, weighted over the stages", [
+            (shortened(known.arch, 70), range(len(known.losses)), curve(known, scorer.trainer.settings), "-")
+            for known in {known.key: known for known in trained}.values()]))
     return {"results": results}
 
 
-def weighted(losses: list[list[float | None]], settings: Settings) -> list[float]:
-    """(steps + 1, stages) -> (steps + 1): the loss at each step."""
-    weights = np.array(settings.stage_weights[-len(losses[0]):])
-    return (np.array(losses, float)[:, weights != 0] @ weights[weights != 0]).tolist()
+def curve(known: Score, settings: Settings) -> np.ndarray:
+    """The loss at each step, (steps + 1,); NaN where it diverged."""
+    losses = np.array(known.losses, float)  # (steps + 1, stages)
+    weights = np.array(settings.stage_weights[-losses.shape[1]:])
+    return losses[:, weights != 0] @ weights[weights != 0]
 
 
 SHOWN = 5  # networks that a correlation names, those furthest off
@@ -1557,19 +1577,19 @@ SHOWN = 5  # networks that a correlation names, those furthest off
 def run_correlate(scorer: Scorer, task: AnyTask, labels: Labels, plot: str | None) -> dict[str, Any]:
     """A search lives among the best, so rho there, and what the best by score are worth, stand beside the whole rho."""
     archs, values = zip(*labels)
-    losses, = scorer([task], archs)
+    trained, = scorer.train([task], archs)
+    losses = [score(task.weights, known) for known in trained]
     merits = [-loss for loss in losses]
     rho, tau, (low, high) = spearman(merits, values), kendall(merits, values), spearman_interval(merits, values)
     by_params = spearman([int(scorer.space.params(arch)) for arch in archs], values)
     best = np.flatnonzero(values >= np.quantile(values, 0.8))
     among_best = spearman(np.take(merits, best), np.take(values, best)) if len(best) >= LEAST else math.nan
     ten_best = float(np.take(values, np.argsort(losses, kind="stable")[:10]).mean())
-    keys = scorer.keys(task, archs)
-    seconds = float(np.mean([scorer.scores[key].seconds for key in keys]))
+    seconds = float(np.mean([known.seconds for known in trained]))
     by_loss, by_label = ranks(losses), ranks([-value for value in values])  # 1: the best
     places: dict[str, int] = {}  # a network once, where it is furthest off
     for place in np.argsort(-abs(by_loss - by_label), kind="stable"):
-        places.setdefault(keys[place], place)
+        places.setdefault(trained[place].key, place)
     furthest = [{"arch": scorer.space.format(archs[place]), "rank_by_score": float(by_loss[place]),
                  "rank_by_label": float(by_label[place])} for place in list(places.values())[:SHOWN]]
     interval = f"[{low:.3f}, {high:.3f}]" if len(labels) >= LEAST else f"(no interval below {LEAST} architectures)"
@@ -1580,10 +1600,14 @@ def run_correlate(scorer: Scorer, task: AnyTask, labels: Labels, plot: str | Non
                f"score: mean label {ten_best:.6g}\nfurthest off (rank by score, by label; 1 is the best):")
     for network in furthest:
         print_line(f"{network['rank_by_score']:>8g} {network['rank_by_label']:>8g}  {network['arch']}")
-    if plot:  # as they are, and by rank, which is what Spearman's rho compares
-        plot_lines(plot, summary, (f"regression {named(task)}", "recorded value", {"": (losses, values, ".")}),
-                   (f"rank by regression {named(task)} (1: lowest)", "rank by recorded value (1: lowest)",
-                    {"": (ranks(losses), ranks(values), ".")}))
+    if plot:  # as they are; by rank, which is what rho compares; and what fewer steps would do
+        curves = np.array([curve(known, scorer.trainer.settings) for known in trained])  # (n, steps + 1)
+        by_step = [spearman(-at_step, values) for at_step in np.nan_to_num(curves, nan=math.inf).T]
+        plot_lines(plot, summary, (f"regression {named(task)}", "recorded value", [("", losses, values, ".")]),
+                   (f"rank by regression {named(task)} (1: the best)", "rank by recorded value (1: the best)",
+                    [("", by_loss, by_label, ".")]),
+                   (f"training steps ({len(by_step) - 1} take {seconds:.2f} s a network)",
+                    "rho of the loss with the recorded value", [("", range(len(by_step)), by_step, ".-")]))
     return {"n": len(labels), "spearman": finite(rho), "spearman_ci": [finite(low), finite(high)],
             "kendall": finite(tau), "spearman_params": finite(by_params), "spearman_best_fifth": finite(among_best),
             "mean_of_ten_best": finite(ten_best), "furthest": furthest, "seconds_per_arch": seconds}
@@ -1606,17 +1630,16 @@ def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask |
         """For each task the networks of each space that has labels."""
         spaces = []
         for scorer, pairs in zip(scorers, labels):
-            if not pairs:
-                continue
-            archs, values = zip(*pairs)
-            rows = scorer.train(tasks, archs, receive=lambda known: None)
-            spaces.append([(row, list(values)) for row in rows])
+            if pairs:
+                archs, values = zip(*pairs)
+                rows = scorer.train(tasks, archs, receive=lambda known: None)
+                spaces.append([list(zip(row, values)) for row in rows])
         return list(zip(*spaces))
 
     def assess(tasks: list[AnyTask]) -> list[tuple[float, tuple[Weight, ...]]]:
         judged = [judge(spaces, folds) for spaces in train(tasks, labels)]
         for task, (merit, weights) in zip(tasks, judged):
-            scorers[0].progress.lead(-merit, replace(task, weights=weights).to_json())
+            scorers[0].progress.lead(-merit, f"rho {merit:.3f} {replace(task, weights=weights).to_json()}")
         return judged
 
     task, merit, history = search_task(draw, assess, seed, **evolution)
@@ -1626,7 +1649,7 @@ def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask |
     if any(others):
         spaces, = train([task], others)
         for name, weights in (("", task.weights), ("_paper", PAPER)):
-            scores = [[score(weights, x) for x in row] for row, _ in spaces]
+            scores = [[score(weights, trained) for trained, _ in space] for space in spaces]
             result[f"spearman_held_out{name}"] = mean_rho(scores, spaces)
         result["n_held_out"] = sum(map(len, others))
         summary += f", {result['spearman_held_out']:.3f} on {result['n_held_out']} others"
@@ -1635,8 +1658,24 @@ def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask |
     if not scorers[0].progress.quiet:
         write_stderr(f"gennas: {summary}; the best of {len(history)} evaluated tasks\n")
     if plot:
-        plot_search(history, "- spearman", plot)
+        spaces, = train([task], [[*first, *rest] for first, rest in zip(labels, others)])
+        plot_lines(plot, summary, search_panel(history, "- rho"), labels_panel(spaces))
     return result | {"evaluated": len(history)}
+
+
+def labels_panel(spaces: list[Labelled], repeats: int = 20) -> Panel:
+    """What labels are worth: rho on the networks that are left when weights are fitted to some, drawn at random."""
+    spaces = [list({trained.key: (trained, value) for trained, value in space}.values()) for space in spaces]
+    counts = [count for count in (10, 20, 40, 80, 160) if 2 * count <= min(map(len, spaces))]
+    rhos = np.empty((2, len(counts), repeats))  # by fitted weights, by the paper's
+    for (i, count), draw in itertools.product(enumerate(counts), range(repeats)):
+        shuffled = [random.Random(draw).sample(space, len(space)) for space in spaces]
+        rest = [space[count:] for space in shuffled]
+        for j, weights in enumerate((fit_weights([space[:count] for space in shuffled]), PAPER)):
+            rhos[j, i, draw] = mean_rho([[score(weights, trained) for trained, _ in space] for space in rest], rest)
+    fitted, paper = rhos.mean(2)
+    return "labels of each space", "rho on the others", [
+        ("fitted weights", counts, fitted, "o-"), ("the paper's weights", counts, paper, "o-")]
 
 
 def run_show(trainer: Trainer, task: AnyTask, plot: str | None) -> dict[str, Any]:
@@ -1662,8 +1701,9 @@ def shortened(text: str, most: int = 400) -> str:
     return line if len(line) <= most else f"{line[:most // 2]} ... {line[5 - most // 2:]}"
 
 
-def fail(status: int, message: str) -> Any:
-    write_stderr(f"gennas: {shortened(message)}\n")
+def fail(status: int, message: str, *known: str) -> Any:
+    """Ends the run with one line: what is wrong, and what is known, which is not shortened."""
+    write_stderr(f"gennas: {'; '.join([shortened(message), *known])}\n")
     sys.exit(status)
 
 
@@ -1690,7 +1730,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--images", default="synthetic", metavar="synthetic|PATH", help=IMAGE_FILES)
     option("--seed", type=whole(0), default=0, metavar="N", help="of images, signals, weights, noise, search (0)")
     option("--device", metavar="cpu|cuda[:N]|mps", help="default: cuda where there is one, else cpu")
-    defaults = [f"(default {of_archs}, of tasks {of_tasks})" for of_archs, of_tasks in zip(*EVOLUTIONS.values())]
+    defaults = [f"(default {of_archs}, of tasks with --preset fast {of_tasks})"
+                for of_archs, of_tasks in zip(*EVOLUTIONS.values())]
     option("--population", **number, help=f"members of the queue {defaults[0]}")
     option("--tournament", **number, help=f"members drawn, of which the best is mutated {defaults[1]}")
     option("--cycles", type=whole(0), metavar="N", help=f"children after the first queue {defaults[2]}")
@@ -1752,7 +1793,8 @@ def split_labels(args: argparse.Namespace, trainer: Trainer) -> tuple[Labels, La
 
 def evolution_of(args: argparse.Namespace) -> dict[str, int]:
     """What `regularized_evolution` is given."""
-    population, tournament, cycles = EVOLUTIONS.get(args.mode, (1, 1, 0))
+    alike = args.preset == "paper" and args.mode == "search-task"  # the paper searches tasks as it does architectures
+    population, tournament, cycles = EVOLUTIONS.get("search" if alike else args.mode, (1, 1, 0))
     cycles = cycles if args.cycles is None else args.cycles
     if args.mode == "search-task" and args.task and not cycles:  # no search: the weights of this task are fitted
         population = 1
@@ -1849,13 +1891,13 @@ def main(argv: list[str] | None = None) -> None:
 
     def end(status: int, message: str) -> None:
         """With what is known so far, below the progress line, if that is still open."""
+        known = []
         for scorer in started[:1]:  # they share record and progress
-            kept = f" and kept in {args.out}" if args.out else ""
-            known = len(scorer.record.known)
-            message += f"; {known} networks are scored{kept}" if known else ""
-            message = "; ".join([message, *scorer.progress.leader()])
+            if scorer.record.known:
+                kept = f" and kept in {args.out}" if args.out else ""
+                known = [f"{len(scorer.record.known)} networks are scored{kept}", *scorer.progress.leader()]
             write_stderr("\n" * scorer.progress.open)
-        fail(status, message)
+        fail(status, message, *known)
 
     try:
         if distributed.is_available() and distributed.is_torchelastic_launched():

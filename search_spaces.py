@@ -5,7 +5,7 @@ A search space is a class with
     random(rng) -> arch             the benchmark's own draw
     mutate(arch, rng) -> arch       a valid neighbour whose key differs
     build(arch) -> nn.Module        the network to regress with: images (B, 3, 32, 32) -> three feature maps, the taps,
-                                    or a recurrent net, sequences (B, T, 400) -> (B, T, 400)
+                                    or a recurrent net, sequences (B, T, width) -> (B, T, width)
     key(arch) -> str                canonical form of the live computation graph; equal keys = the same network
     parse(text), format(arch)       the spelling that the benchmark's own tools read and write
     params(arch) -> int             the parameter count of the benchmark's own network, dead operations included
@@ -30,8 +30,9 @@ import math
 import random
 import re
 import sys
+import warnings
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from graphlib import TopologicalSorter
 from itertools import accumulate, pairwise, product, repeat
 from pathlib import Path
@@ -133,12 +134,15 @@ def spell(graph: Graph) -> str:
 def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor], zero: Tensor | None = None) -> list[Tensor]:
     """`maps`, those of the inputs, and after them those of all vertices that `ops` has a module for. A sum that several
     vertices read is computed once; a vertex that reads nothing works on `zero`."""
-    sums: dict[tuple[int, ...], Tensor | None] = {(): zero}
+    total = summing(maps)
     for (_, inputs), op in zip(graph[len(maps):], ops):
-        if inputs not in sums:
-            sums[inputs] = sum((maps[i] for i in inputs[1:]), start=maps[inputs[0]])
-        maps.append(op(sums[inputs]))
+        maps.append(op(total(inputs) if inputs else zero))
     return maps
+
+
+def summing(maps: Any) -> Callable[[tuple[int, ...]], Tensor]:
+    """The sum of the maps at some places, of equal places computed once."""
+    return cache(lambda places: sum((maps[i] for i in places[1:]), start=maps[places[0]]))
 
 
 # ------------------------------------------------------------------------------------------------------- operations
@@ -306,6 +310,7 @@ class Classifier(nn.Sequential):
     """The benchmark's network: the last tap, `tail`, global average, a linear layer."""
 
     def __init__(self, body: nn.Module, width: int, classes: int = 10, tail: Iterable[nn.Module] = ()):
+        body.all_blocks = False  # these are for heads
         super().__init__(body, *tail, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -380,7 +385,7 @@ class NB101(SearchSpace):
         return bool(graph[-1].inputs) and sum(len(vertex.inputs) for vertex in graph) <= self.MOST_EDGES
 
     def graph(self, arch: NB101Cell, whole: bool = False) -> Graph:
-        """The vertices on a path from the input to the output (`whole`: in the order given)."""
+        """The vertices on a path from the input to the output (`whole`: these too, but in the order given)."""
         graph, place = [Vertex("input")], {0: 0}
         for j, op in enumerate(arch.ops[1:], start=1):
             inputs = tuple(place[i] for i in range(j) if arch.matrix[i][j] and i in place)
@@ -524,13 +529,8 @@ class NB201Cell(nn.Module):
             for (op, _), places in self.places.items())
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        maps, sums = {0: x}, {}
-
-        def node(inputs: tuple[int, ...]) -> Tensor:
-            if inputs not in sums:
-                sums[inputs] = sum((maps[i] for i in inputs[1:]), start=maps[inputs[0]])
-            return sums[inputs]
-
+        maps = {0: x}
+        node = summing(maps)
         for ((op, inputs), places), module in zip(self.places.items(), self.ops):
             made = module(node(inputs))
             maps |= zip(places, made.chunk(len(places), 1) if "conv" in op else repeat(made))
@@ -573,7 +573,7 @@ class NBMacro(SearchSpace):
         return " ".join(arch[start] + arch[start + 1:end].replace("0", "") for start, end in self.STAGES)
 
     def read(self, text: str) -> str:
-        return re.fullmatch("[012]{8}", text.strip('"'))[0]
+        return re.fullmatch('("?)([012]{8})\\1', text)[2]
 
     def format(self, arch: str) -> str:
         return arch
@@ -672,9 +672,10 @@ class Cells(SearchSpace):
 
     def graphs(self, arch: CellNet, whole: bool = False) -> list[Graph]:
         """Of the normal and the reduction cell: the canonical graph of what has an effect (`whole`: every operation). A
-        skip is resolved to what it carries, except a strided one, which is an operation. Of zero, a pool makes zero, a
-        convolution the bias of its last batch norm; a separable one too, for its first batch norm's bias starts at zero
-        and stays there, since the ReLU that follows has no slope at zero."""
+        skip is resolved to what it carries, except a strided one, which is an operation; a pool of a constant too. Of
+        zero, a pool makes zero, a convolution the bias of its last batch norm, which is constant; a separable one too,
+        for its first batch norm's bias starts at zero and stays there, since the ReLU that follows has no slope at
+        zero."""
         graphs = []
         for reduction, (pairs, concat) in enumerate((arch.genotype[:2], arch.genotype[2:])):
             graph = [Vertex("input 0"), Vertex("input 1")]
@@ -682,7 +683,9 @@ class Cells(SearchSpace):
             for i, (op, source) in enumerate(pairs):
                 if i % 2 == 0:
                     nodes.append(())
-                if op == "skip_connect" and not whole and not (reduction and source < 2):
+                constant = nodes[source] and all(graph[j].op == "bias" for j in nodes[source])
+                carries = op == "skip_connect" and not (reduction and source < 2) or constant and "pool" in op
+                if carries and not whole:
                     nodes[-1] += nodes[source]
                 elif whole or op != "none" and (nodes[source] or "conv" in op):
                     nodes[-1] += (len(graph),)
@@ -712,7 +715,9 @@ class Cells(SearchSpace):
             genotype, width, depth = net["genotype"], net["width"], net["depth"]
         else:
             text = re.sub(r"range\((\d), ?(\d)\)", lambda found: str([*range(int(found[1]), int(found[2]))]), text)
-            call = ast.parse(text, mode="eval").body
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's own, of odd literals
+                call = ast.parse(text, mode="eval").body
             require(call.func.id == "Genotype", not call.args)
             genotype = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
             width, depth = self.default
@@ -862,9 +867,10 @@ class Residual(SearchSpace):
         self.blocks = ("res_basic_block", "double_plain_block") if self.plain else ("res_bottleneck_block",)
         self.strides = (1, 1, 2, 2) if not imagenet else (4, 1, 2, 2, 2) if self.plain else (8, 1, 2, 2)
         self.stem = {"ds": 1, "ws": 64 if imagenet and not self.plain else 16, "bot_muls": 1.0, "num_gs": 1}
-        self.spelling = (
-            f"an NDS net dict as JSON: block_type {' or '.join(self.blocks)}, ss {list(self.strides)}, and as many "
-            f"{', '.join(field for field, values in self.choices.items() if values)}, the first entry the stem's")
+        allowed = (f"{field} {f'up to {max(values)}' if self.plain else f'of {values}'}" if values else f"{field} empty"
+                   for field, values in self.choices.items())
+        self.spelling = (f"an NDS net dict as JSON: block_type {' or '.join(self.blocks)}, ss {list(self.strides)}, as "
+                         f"many {', '.join(allowed)}; the first entry is the stem's")
 
     def random(self, rng: random.Random) -> ResidualNet:
         """Uniform; ResNet's blocks and widths log-uniform. Of the block types, the first."""
@@ -1117,10 +1123,11 @@ class RecurrentLayer(nn.Module):
                 fixed[i] = F.linear(x, weights[f"{i} 0"], bias) if 0 in inputs else bias.expand(*x.shape[:2], -1)
         states = sorted(vertex.inputs for vertex in self.graph if vertex.op == "state")  # (previous, new)
         hidden = [x.new_zeros(len(x), self.hidden) for _ in states]
+        vertices = list(enumerate(self.graph))[1 + len(hidden):-1]
         outputs = []
         for t in range(x.shape[1]):
             values: list[Any] = [None, *hidden]
-            for i, (op, inputs) in list(enumerate(self.graph))[1 + len(hidden):-1]:
+            for i, (op, inputs) in vertices:
                 if op == "linear":
                     read = (F.linear(values[j], weights[f"{i} {j}"]) for j in inputs if j)
                     values.append(sum(read, start=fixed[i][:, t]))
