@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GenNAS: score a neural architecture without labels, by how well it regresses synthetic signals after a few steps.
 
 Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (NeurIPS 2021, arXiv 2108.01899).
@@ -604,20 +605,20 @@ def fit_weights(spaces: list[Labelled]) -> tuple[Weight, ...]:
         if len(known) < 3 or len({value for _, value in known}) == 1:
             continue
         x = np.array([[table.get(name, math.nan) for name in TERMS] for table, _ in known])
-        x[:, np.isnan(x).all(0)] = 0  # a stage that has no loss in this space
-        deviations.append(np.nan_to_num(x - np.nanmedian(x, 0)))
+        absent = np.isnan(x).all(0)  # a stage that has no loss in this space
+        deviations.append(x - np.nanmedian(np.where(absent, 0, x), 0))
         rank = ranks([-value for _, value in known])
         wanted.append((rank - rank.mean()) / rank.std())
     if not wanted:
         return PAPER
-    everywhere = np.concatenate(deviations)
-    typical = np.median(abs(everywhere), 0)
-    typical = np.where(typical > 1e-5, typical, everywhere.std(0))  # where most are equal
+    everywhere = np.ma.masked_invalid(np.concatenate(deviations))
+    typical = np.ma.median(abs(everywhere), 0).filled(0)
+    typical = np.where(typical > 1e-5, typical, everywhere.std(0).filled(0))  # where most are equal
     varied = typical > 1e-5
     if not varied.any():
         return PAPER
     names, typical = np.array(TERMS)[varied], typical[varied]
-    z = [np.clip(x[:, varied] / typical, -REACH, REACH) for x in deviations]
+    z = [np.nan_to_num(np.clip(x[:, varied] / typical, -REACH, REACH)) for x in deviations]
     shares = [math.sqrt(len(everywhere) / len(z) / len(x)) for x in z]  # all spaces count the same
     z = np.concatenate([(x - x.mean(0)) * share for x, share in zip(z, shares)])
     target = np.concatenate([rank * share for rank, share in zip(wanted, shares)])

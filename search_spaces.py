@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Search spaces of GenNAS: what an architecture is, how to sample, mutate, name and build it, what its benchmark holds.
 
 A search space is a class with
