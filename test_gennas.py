@@ -1579,8 +1579,9 @@ def test_fit_weights():
     thrice = gennas.fit_weights([space * 3, other])
     assert [weight.weight for weight in thrice] == pytest.approx([weight.weight for weight in both], rel=0.2, abs=0.2)
     lacking = [(each._replace(losses=[[math.nan, *row[1:]] for row in each.losses]), value) for each, value in other]
-    sizes = [{each.term: abs(each.weight) for each in gennas.fit_weights([space, rest])} for rest in (other, lacking[:29])]
-    assert all(sizes[1][term] < 3 * max(size, 0.3) for term, size in sizes[0].items())  # a term that one space has
+    few, many = ({each.term: abs(each.weight) for each in gennas.fit_weights([space, rest])}
+                 for rest in (lacking[:29], other))
+    assert all(few[term] < 3 * max(size, 0.3) for term, size in many.items())  # a term that only one space has
     assert gennas.fit_weights([space[:2]]) == gennas.fit_weights([[]]) == gennas.PAPER
     assert gennas.fit_weights([[(trained[0], value) for value in values]]) == gennas.PAPER  # all equal
     most = [(trained[0]._replace(loss=loss), value)  # equal up to a few
