@@ -12,25 +12,9 @@ from __future__ import annotations
 
 import os
 import signal as os_signal
-import threading
-import time
 
-
-def end_with_parent(parent: str) -> None:
-    """Let this worker process end, whatever it does, as soon as the one that started it, of that number, is gone."""
-    def watch() -> None:
-        while parent == str(os.getppid()):
-            time.sleep(0.2)
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-# Before torch, which takes seconds to load. The method begins below the imports.
 if __name__ == "__main__" and os_signal.getsignal(os_signal.SIGINT) != os_signal.SIG_IGN:
-    os_signal.signal(os_signal.SIGINT, os_signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-elif __name__ == "__mp_main__" and "GENNAS_PARENT" in os.environ:  # a worker of Processes
-    end_with_parent(os.environ.pop("GENNAS_PARENT"))
+    os_signal.signal(os_signal.SIGINT, os_signal.SIG_DFL)  # while torch is loaded Ctrl-C ends it without a traceback
 
 import argparse
 import hashlib
@@ -41,6 +25,8 @@ import pickletools
 import random
 import reprlib
 import sys
+import threading
+import time
 from collections import Counter, deque
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -1283,10 +1269,19 @@ def attempt(trainers: dict[str, Trainer] | str, item: Item) -> tuple[Any, str | 
         return None, str(error)
 
 
-def serve(pipe: connection.Connection, words: tuple, parent: str) -> None:
+def end_with_parent(parent: int) -> None:
+    """Let this worker process end, whatever it does, as soon as the one that started it, of that number, is gone."""
+    def watch() -> None:
+        while parent == os.getppid():
+            time.sleep(0.2)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def serve(pipe: connection.Connection, words: tuple, parent: int) -> None:
     """What a worker process does: train what comes through the pipe, until that or its parent is gone."""
     os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)
-    os.environ.pop("GENNAS_PARENT", None)  # it is no matter of the processes that a space may start
     end_with_parent(parent)
     trainers = make_trainers(*words)
     with suppress(EOFError, OSError):
@@ -1299,19 +1294,17 @@ class Processes:
     they have ended."""
 
     def __init__(self, count: int, words: tuple):
-        context, self.workers, parent, handler = get_context("spawn"), {}, str(os.getpid()), None
-        os.environ["GENNAS_PARENT"] = parent  # they inherit this, for `end_with_parent` before they can be told,
+        context, self.workers, handler = get_context("spawn"), {}, None
         with suppress(ValueError):  # in another thread than the first
-            handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # and this: Ctrl-C is for this process
+            handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # workers inherit it; Ctrl-C is for this one
         try:
             for rank in range(count):
                 pipe, theirs = context.Pipe()
-                worker = context.Process(target=serve, args=(theirs, (*words, rank), parent), daemon=True)
+                worker = context.Process(target=serve, args=(theirs, (*words, rank), os.getpid()), daemon=True)
                 worker.start()
                 self.workers[pipe] = worker
                 theirs.close()
         finally:
-            del os.environ["GENNAS_PARENT"]
             if handler is not None:
                 os_signal.signal(os_signal.SIGINT, handler)
 
