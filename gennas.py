@@ -1296,7 +1296,7 @@ class Processes:
     def __init__(self, count: int, words: tuple):
         context, self.workers, handler = get_context("spawn"), {}, None
         with suppress(ValueError):  # in another thread than the first
-            handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # workers inherit it; Ctrl-C is for this one
+            handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # inherited: Ctrl-C is for this process
         try:
             for rank in range(count):
                 pipe, theirs = context.Pipe()
