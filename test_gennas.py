@@ -214,6 +214,8 @@ def test_resize():
     for c, colour in enumerate(colours):
         expected = 2 * (small[:, colour] - small.min()) / (small.max() - small.min()) - 1
         torch.testing.assert_close(maps[:, c], expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="the same everywhere"):
+        gennas.resize(rng_of(2), (16, 7, 8, 8), torch.ones(16, 3, 32, 32))
 
 
 # ------------------------------------------------------------------------------------------------------------- task
@@ -406,6 +408,9 @@ def test_images_are_read_within_bounds(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "array", read)
     gennas.load_images(str(tmp_path / "a.npy"), 0, count=8)
     assert [call.args[0].shape for call in read.call_args_list] == [(8, 3, 32, 32)]
+    monkeypatch.setattr(gennas, "MOST_BYTES", 150_000)  # less than 16 of them fill as floats
+    with pytest.raises(ValueError, match="16 are needed, of a usual size"):
+        gennas.load_images(str(tmp_path / "a.npy"), 0)
     monkeypatch.setattr(gennas, "MOST_BYTES", 10 ** 6)
     with pytest.raises(ValueError, match=r"unpacks to 1,228,\d+ bytes, at most 1,000,000 are read"):
         gennas.load_images(str(tmp_path / "b.npz"), 0)
@@ -2144,6 +2149,13 @@ def test_interrupt_says_what_is_known(run, monkeypatch):
     monkeypatch.setattr(Regression, "__call__", interrupted)
     status, _, stderr = run()
     assert status == 130 and "interrupted; 2 networks are scored; best " in stderr
+
+
+def test_what_is_known_is_told_whole(capsys):
+    with pytest.raises(SystemExit):
+        gennas.fail(1, 900 * "x", 900 * "y")
+    stderr = capsys.readouterr().err
+    assert stderr.endswith(900 * "y" + "\n") and 900 * "x" not in stderr and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("delay", [0.3, 0.9, 3])
