@@ -1607,6 +1607,9 @@ def run_correlate(scorer: Scorer, task: AnyTask, labels: Labels, plot: str | Non
             "mean_of_ten_best": finite(ten_best), "furthest": furthest, "seconds_per_arch": seconds}
 
 
+DRAWINGS = 20  # of labels, to tell what so many are worth
+
+
 def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask | None, labels: list[Labels],
                     others: list[Labels], seed: int, evolution: dict[str, int], plot: str | None) -> dict[str, Any]:
     """On the labels of each scorer's space; rho on the others tells whether what was found is good for more than these.
@@ -1630,8 +1633,11 @@ def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask |
                 spaces.append([list(zip(row, values)) for row in rows])
         return list(zip(*spaces))
 
+    networks: dict[AnyTask, list[Labelled]] = {}  # of the labels, by task
+
     def assess(tasks: list[AnyTask]) -> list[tuple[float, tuple[Weight, ...]]]:
-        judged = [judge(spaces, folds) for spaces in train(tasks, labels)]
+        networks.update(zip(tasks, train(tasks, labels)))
+        judged = [judge(networks[task], folds) for task in tasks]
         for task, (merit, weights) in zip(tasks, judged):
             scorers[0].progress.lead(-merit, f"rho {merit:.3f} {replace(task, weights=weights).to_json()}")
         return judged
@@ -1640,36 +1646,32 @@ def run_search_task(scorers: list[Scorer], kind: type[AnyTask], first: AnyTask |
     n, fitted = sum(map(len, labels)), task.weights != PAPER
     result = {"task": json.loads(task.to_json()), "n": n, "spearman": merit, "fitted": fitted}
     summary = f"spearman {merit:.3f} on the {n} labels of the search{', by cross-validation' * fitted}"
+    panels = [search_panel(history, "- rho")] * (len(history) > 1 or not any(others))
     if any(others):
-        spaces, = train([task], others)
-        for name, weights in (("", task.weights), ("_paper", PAPER)):
-            scores = [[score(weights, trained) for trained, _ in space] for space in spaces]
-            result[f"spearman_held_out{name}"] = mean_rho(scores, spaces)
-        result["n_held_out"] = sum(map(len, others))
-        summary += f", {result['spearman_held_out']:.3f} on {result['n_held_out']} others"
-        summary += f" ({result['spearman_held_out_paper']:.3f} by the paper's weights)" * fitted
+        left, = train([task], others)
+        known = [space for space, rest in zip(networks[task.unweighted()], others) if rest]
+
+        def rho_of(weights: tuple[Weight, ...]) -> float:
+            return mean_rho([[score(weights, trained) for trained, _ in space] for space in left], left)
+
+        by_count = {}  # what labels are worth: rho with weights that are fitted to some of them
+        for count in (10, 20, 40, 80, 160):
+            if count <= min(map(len, known)):
+                drawn = [[random.Random(draw).sample(space, count) for space in known] for draw in range(DRAWINGS)]
+                by_count[count] = float(np.mean([rho_of(fit_weights(spaces)) for spaces in drawn]))
+        rho, paper, n_left = rho_of(task.weights), rho_of(PAPER), sum(map(len, others))
+        result |= {"n_held_out": n_left, "spearman_held_out": rho, "spearman_held_out_paper": paper,
+                   "spearman_held_out_by_labels": by_count}
+        summary += f", {rho:.3f} on {n_left} others" + f" ({paper:.3f} by the paper's weights)" * fitted
+        panels.append((f"labels of each space; mean of {DRAWINGS} drawings", f"rho on the {n_left} others", [
+            ("fitted weights", list(by_count), list(by_count.values()), "o-"),
+            ("the paper's weights", list(by_count), [paper] * len(by_count), "-")]))
     print_line(task.to_json())
     if not scorers[0].progress.quiet:
         write_stderr(f"gennas: {summary}; the best of {len(history)} evaluated tasks\n")
     if plot:
-        spaces, = train([task], [[*first, *rest] for first, rest in zip(labels, others)])
-        plot_lines(plot, summary, search_panel(history, "- rho"), labels_panel(spaces))
+        plot_lines(plot, summary, *panels)
     return result | {"evaluated": len(history)}
-
-
-def labels_panel(spaces: list[Labelled], repeats: int = 20) -> Panel:
-    """What labels are worth: rho on the networks that are left when weights are fitted to some, drawn at random."""
-    spaces = [list({trained.key: (trained, value) for trained, value in space}.values()) for space in spaces]
-    counts = [count for count in (10, 20, 40, 80, 160) if 2 * count <= min(map(len, spaces))]
-    rhos = np.empty((2, len(counts), repeats))  # by fitted weights, by the paper's
-    for (i, count), draw in itertools.product(enumerate(counts), range(repeats)):
-        shuffled = [random.Random(draw).sample(space, len(space)) for space in spaces]
-        rest = [space[count:] for space in shuffled]
-        for j, weights in enumerate((fit_weights([space[:count] for space in shuffled]), PAPER)):
-            rhos[j, i, draw] = mean_rho([[score(weights, trained) for trained, _ in space] for space in rest], rest)
-    fitted, paper = rhos.mean(2)
-    return "labels of each space", "rho on the others", [
-        ("fitted weights", counts, fitted, "o-"), ("the paper's weights", counts, paper, "o-")]
 
 
 def run_show(trainer: Trainer, task: AnyTask, plot: str | None) -> dict[str, Any]:

@@ -1523,6 +1523,19 @@ def test_search_task_from_a_task(run, monkeypatch):
     assert last_json(run(*command, "--task", "darts")[1])["evaluated"] == 1 and set(asked) == {gennas.TASKS["darts"]}
 
 
+def test_worth_of_labels(run, tmp_path):
+    """Ten labels of ten are what the weights were fitted to; of five there are no ten."""
+    command = "--mode", "search-task", "--task", "nb101", "--cycles", 0, "--json", *plot_to(tmp_path / "x.png")
+    result = last_json(run(*command, "--limit", 10)[1])
+    task = replace(gennas.task_from_json(json.dumps(result["task"])), weights=gennas.PAPER)
+    trained, = Scorer(Trainer("nb201", steps=2)).train([task], [arch for arch, _ in NB201().labels])
+    pairs = [(known, value) for known, (_, value) in zip(trained, NB201().labels)]
+    weights = gennas.fit_weights([pairs[:10]])
+    scores = [[gennas.score(weights, known) for known, _ in pairs[10:]]]
+    assert result["spearman_held_out_by_labels"] == {"10": pytest.approx(gennas.mean_rho(scores, [pairs[10:]]))}
+    assert result["n_held_out"] == 10 and last_json(run(*command, "--limit", 5)[1])["spearman_held_out_by_labels"] == {}
+
+
 def test_search_task_prefers_what_correlates(run, monkeypatch):
     """The found task is the one whose losses rank the built-in labels best, the most accurate network lowest; where it
     ranks them backwards, fitted weights turn it round."""
