@@ -1505,7 +1505,7 @@ def plot_lines(path: str, title: str, *panels: Panel) -> None:
             ax.set(xlabel=x_label, ylabel=y_label)
             if len(lines) > 1:
                 ax.legend(fontsize=7)
-        axes[0].set_title(title, fontsize=9, loc="left")
+        axes[0].set_title(title, fontsize=9, loc="left", wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- modes
