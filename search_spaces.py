@@ -554,7 +554,7 @@ class NBMacro(SearchSpace):
     """NAS-Bench-Macro (Su et al., CVPR 2021): 6,561 networks of 8 layers. An arch is their digits: 0 identity, 1 and 2
     inverted residuals. Stages of 2, 3 and 3 layers; the first layer of each halves the map (not the first stage's when
     regressing) and doubles the channels."""
-    name, task = "nbmacro", "nb101"
+    name, task = "nbmacro", "combo"
     STAGES = (0, 2), (2, 5), (5, 8)
     spelling = "8 digits, each 0, 1 or 2"
     BLOCKS = {"1": (3, 3), "2": (5, 6)}  # kernel, expansion
