@@ -340,7 +340,7 @@ class Trained(NamedTuple):
     params: int  # of the network that was trained, which may be smaller than the benchmark's; without heads
 
 
-MOMENTS = 0.0, 0.25, 0.5, 1.0  # after these shares of the steps a score may read the losses; of 2 steps the second is 1
+MOMENTS = 0.0, 0.25, 0.5, 1.0  # a score may read the losses after these shares of the steps; of 2, .25 is one too
 TERMS = "loss", "log params", *(f"log loss {stage} at {moment:g}" for moment in MOMENTS for stage in (1, 2, 3))
 
 
