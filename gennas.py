@@ -5,7 +5,7 @@ Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (Neu
 
 1. A task says which mix of synthetic signals a network's three stages must reproduce, given one batch of images.
 2. The network is trained on it for a few steps; what it does not reproduce is its loss.
-3. The log of the loss, and of the network's size, make its score: the lower, the better the architecture.
+3. The log of the loss makes its score (here, in some spaces, with that of its size): the lower, the better.
 4. Regularized evolution searches the architecture of the best score, or, on labelled architectures, the best task.
 
 Above the banner stands the method, in the order in which it runs: signal bases, task, images, regression, score, rank
@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network is trained. The defaults are the paper's, but for the learning rate of recurrent networks."""
+    """How a network is trained. The defaults are the paper's; the preset "fast" differs, see PRESETS."""
     steps: int = 100  # of training; after 0 the untrained network is scored
     learning_rate: float = 0.1  # of SGD, constant
     momentum: float = 0.9
@@ -60,13 +60,13 @@ class Settings:
 class Preset(NamedTuple):
     """How the networks of a family of spaces are trained and scored."""
     settings: Settings
-    sizes: dict[str, Any] = {}  # of the network that is trained: arguments of the space's class
+    sizes: dict[str, Any] = {}  # of the network that is trained: arguments of the space's class in search_spaces
     weights: dict[str, float] = {"log loss": 1.0}  # of the terms of a score
     task: str | None = None  # None: the space's own
 
 
 FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.003, side=16, ridge=1.0)
-WITH_SIZE = {"log loss": 1.0, "log params": -0.03}
+WITH_SIZE = {"log loss": 1.0, "log params": -0.03}  # not in the paper: of two equal losses the larger network's counts
 CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, WITH_SIZE, "combo")
 RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, WITH_SIZE, "combo")
 # preset -> family of spaces -> how it is scored; "": families that are not named, and spaces of your own
@@ -74,9 +74,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {"": Preset(Settings()), "nbnlp": Preset(Settings(), {"reservoir": True})},
     "fast": {
         "": Preset(FAST),
-        # stage 1 ranks these two backwards
+        # stage 1 ranks nb101 and nb201 backwards
         "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True}),
-        # small networks are told apart better on larger images; a learning rate of 1 is too much for them
+        # its small networks are told apart better on larger images; a learning rate of 1 is too much for them
         "nb201": Preset(replace(FAST, steps=12, learning_rate=0.3, side=24, stage_weights=(0.0, 0.5, 1.0)),
                         {"width": 8, "cells": 2, "all_blocks": True}, WITH_SIZE),
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32), {"width": 8, "all_blocks": True}),
@@ -364,7 +364,7 @@ def ridge_loss(features: Tensor, target: Tensor, ridge: float) -> Tensor:
 
     That is the minimum over W of mean((F W - Y)^2) + ridge |W|^2 / T, for features F (N, C), which are standardised
     here, and a target Y (N, T) of mean 0. W = (F'F + ridge N I)^-1 F'Y = F'(FF' + ridge N I)^-1 Y, in the smaller form.
-    It adds nothing to the gradient, being the minimum (variable projection: Golub and Pereyra, 1973).
+    That W depends on F adds nothing to the gradient, at its minimum (variable projection: Golub and Pereyra, 1973).
     """
     features = F.batch_norm(features, None, None, training=True)
     n, channels = features.shape
@@ -394,22 +394,6 @@ class TrainedHeads(nn.Module):
         return [head(F.interpolate(tap, size=self.size)) for head, tap in zip(self.heads, self.body(images))]
 
 
-class Encoder(nn.Module):
-    """A recurrent network behind a linear encoder; with a linear decoder, if that is trained too."""
-
-    def __init__(self, body: nn.Module, dimension: int, decoder: bool):
-        super().__init__()
-        self.body, self.encoder = body, nn.Linear(dimension, body.width)
-        self.decoder = nn.Linear(body.width, dimension) if decoder else nn.Identity()
-        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
-        if decoder:
-            nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
-            nn.init.zeros_(self.decoder.bias)
-
-    def forward(self, sequences: Tensor) -> list[Tensor]:  # (B, T, D) -> one (B, T, D), without decoder (B, T, width)
-        return [self.decoder(self.body(self.encoder(sequences)))]
-
-
 class Regression:
     """The regression of one task on one batch of images, the same targets for every architecture (paper, 3.1).
 
@@ -435,7 +419,6 @@ class Regression:
         stage_weights = settings.stage_weights[-len(self.targets):]  # a recurrent network has one stage, the last
         self.stages = [stage for stage, weight in enumerate(stage_weights) if weight]  # those that count
         self.stage_weights = torch.tensor(stage_weights, device=self.device)[self.stages]
-        self.target_rows: dict[tuple[int, ...], Tensor] = {}  # stage, sides of its tap -> see `matched`
 
     def __call__(self, space: Any, arch: Any) -> Trained:
         purpose = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
@@ -454,6 +437,7 @@ class Regression:
                 with torch.set_grad_enabled(step < steps):
                     # 2. the taps of the input with fresh noise
                     taps = network(self.input + self.noise())
+                    taps = [taps] if isinstance(self.task, RnnTask) else taps
                     check(len(taps) == len(self.targets), "feature maps", len(taps), f"{len(self.targets)}")
 
                     # 3. the loss of each stage: of its trained head, or of the best head
@@ -483,8 +467,14 @@ class Regression:
 
     def with_heads(self, body: nn.Module) -> nn.Module:
         """Return the network as it is trained, its heads' parameters drawn by the global generator."""
-        if isinstance(self.task, RnnTask):
-            return Encoder(body, self.task.dimension, decoder=self.settings.ridge is None)
+        if isinstance(self.task, RnnTask):  # (B, T, D) -> encoder, (B, T, width) -> body -> decoder, if it is trained
+            sizes = [(self.task.dimension, body.width), (body.width, self.task.dimension)]
+            encoder, *decoder = [nn.Linear(*size) for size in sizes[:1 if self.settings.ridge else 2]]
+            for layer in (encoder, *decoder):
+                nn.init.uniform_(layer.weight, -0.1, 0.1)
+            for layer in decoder:
+                nn.init.zeros_(layer.bias)
+            return nn.Sequential(encoder, body, *decoder)
         if self.settings.ridge is None:
             return TrainedHeads(body, self.input.cpu(), self.targets)
         torch.func.replace_all_batch_norm_modules_(body)  # by those without running statistics
@@ -508,13 +498,10 @@ class Regression:
         resized. A smaller one is compared with the target's means over its pixels, as no head can tell the rest; so
         taps should have the same size for all architectures."""
         target = self.targets[stage]
-        if tap.ndim == 4 and tap.shape[2] > target.shape[2]:
-            tap = F.interpolate(tap, size=target.shape[2:])
-        sides = stage, *tap.shape[2:]
-        if sides not in self.target_rows:
-            wanted = rows(F.adaptive_avg_pool2d(target, tap.shape[2:]) if target.ndim == 4 else target)
-            self.target_rows[sides] = wanted - wanted.mean(0)
-        return rows(tap), self.target_rows[sides]
+        if tap.ndim == 4:
+            tap = F.interpolate(tap, size=target.shape[2:]) if tap.shape[2] > target.shape[2] else tap
+            target = F.adaptive_avg_pool2d(target, tap.shape[2:])
+        return rows(tap), rows(target) - rows(target).mean(0)
 
 
 # ------------------------------------------------------------------------------------------------------------ score
@@ -562,7 +549,7 @@ def fit_weights(networks: list[Trained], values: list[float], penalty: float = 2
     penalties = np.array([1e-6 if name == "log loss" else penalty for name in names])  # not 0: it must be regular
     solution = np.linalg.solve(x.T @ x + np.diag(penalties[varied]), x.T)  # (terms, n)
     fitted, leverage = solution @ y, (x * solution.T).sum(1)  # the latter is the diagonal of the hat matrix
-    left_out = np.full(len(networks), math.inf)  # predictions by leave-one-out; diverged networks stay the last
+    left_out = np.full(len(networks), math.inf)  # scores by leave-one-out; a diverged network stays the last
     left_out[finite] = y - (y - x @ fitted) / (1 - leverage)
     weights = zip(np.array(names)[varied].tolist(), fitted / typical[varied])
     return {name: float(f"{weight:.4g}") for name, weight in weights}, spearman(-left_out, values)
@@ -584,9 +571,9 @@ def spearman(a: Any, b: Any) -> float:
 def kendall(a: Any, b: Any) -> float:
     """Return Kendall's tau-b; NaN where one side is all ties or has a NaN."""
     a, b = ranks(a), ranks(b)
-    signs_a, signs_b = (np.sign(x[:, None] - x) for x in (a, b))  # (n, n): the order of each pair
-    untied = float((signs_a ** 2).sum() * (signs_b ** 2).sum())
-    return float((signs_a * signs_b).sum() / math.sqrt(untied)) if untied else math.nan
+    orders = ((np.sign(a - u), np.sign(b - v)) for u, v in zip(a, b))  # of one pair with all
+    in_order, untied_a, untied_b = sum(np.array([x @ y, x @ x, y @ y]) for x, y in orders)
+    return float(in_order / math.sqrt(untied_a * untied_b)) if untied_a * untied_b else math.nan
 
 
 def spearman_interval(a: Any, b: Any, resamples: int = 2000) -> tuple[float, float]:
@@ -625,12 +612,12 @@ def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[
 
 def draw_within(limits: dict[str, int], space: Any, draw: Callable, *given: Any) -> Any:
     """Return draw(*given), repeated until the benchmark's own network is within limits, {"params": most, ...}."""
-    for _ in range(1000):
+    for _ in range(500):
         arch = draw(*given)
         if all(getattr(space, name)(arch) <= most for name, most in limits.items()):
             return arch
     words = " and ".join(f"--max-{name} {most:,}" for name, most in limits.items())
-    raise ValueError(f"none of 1,000 draws is within {words}; expected a wider limit")
+    raise ValueError(f"none of 500 draws is within {words}; expected a wider limit")
 
 
 CHANNELS = range(16, 97, 16)  # of a stage, numbers of a sequence
@@ -708,7 +695,7 @@ class Scorer:
 
     Each network is trained once for a task and a seed; equal keys are one network. Nothing else in the process changes.
 
-    space: a name of `search_spaces`, FILE.py:CLASS, or an object that has a search space's methods.
+    space: a name of `search_spaces`, FILE.py:CLASS, or an object with random, mutate, build, key, format and params.
     preset, steps: a name of PRESETS, and a number of training steps in the place of its own.
     task: a name of TASKS, a FILE.json or a task; by default that of the preset or of the space.
     images: "synthetic", or the path of a file for `read_images`.
@@ -749,7 +736,7 @@ class Scorer:
 
         weights, n = self.weights(task), len(self.seeds)
         scores = [sum(score(weights, known[digest, seed, key]) for seed in self.seeds) / n for key in keys]
-        self.progress.best = min(self.progress.best, *scores)
+        self.progress.best = min([self.progress.best, *scores])
         return scores
 
     def map(self, items: list[Item]) -> Iterator[tuple[Name, Trained]]:
@@ -770,7 +757,7 @@ class Scorer:
         return [self.record.known[(task or self.task).digest(), seed, self.space.key(arch)] for seed in self.seeds]
 
     def weights(self, task: AnyTask) -> dict[str, float]:
-        """Return a score's weights: the task's; or the preset's, of which all hold for its own task and steps only."""
+        """Return a score's weights: the task's own; for the preset's task and steps the preset's; else of two terms."""
         own = task == read_task(self.own_task) and self.settings == self.preset.settings
         return task.weights or (self.preset.weights if own else self.plain_weights)
 
@@ -800,9 +787,10 @@ class Record:
         content = Path(path).read_bytes() if path else b""
         if not content:
             return self.write({"settings": settings})
-        check(content[:14] == b'{"settings": {', f"{path}: first line", content[:30], "settings, or another --out file")
         *lines, torn = content.split(b"\n")
-        made_with = json.loads((lines or [torn])[0])["settings"]
+        right = content[:14] == b'{"settings": {' and len(lines) > 0
+        check(right, f"{path}: first line", content[:30], "a line of settings, or another --out file")
+        made_with = json.loads(lines[0])["settings"]
         for name in settings | made_with:
             check(settings.get(name) == made_with.get(name), f"{path}: {name} of this run", settings.get(name),
                   f"{made_with.get(name)!r:.80} as there, or another --out file")
@@ -846,9 +834,10 @@ class Progress:
 
 # ---------------------------------------------------------------------------------------------------------- workers
 def find_devices(name: str | None) -> list[str]:
-    """Return the devices that `--device` means; ValueError for one that is not here."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = {None: gpus or ["cpu"], "cpu": ["cpu"], "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
+    """Return the devices that `--device` means, one for each worker; ValueError for one that is not here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus, cpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())], ["cpu"] * cores
+    devices = {None: gpus or cpus, "cpu": cpus, "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
     check(bool(devices.get(name)), "--device", name, " or ".join(["cpu", *gpus]))
     return devices[name]
 
@@ -898,9 +887,10 @@ def train_share(scorer: Scorer, items: list[Item]) -> Iterator[tuple[Name, Train
         share = error
     distributed.gather_object(share, shares)
     for share in shares or []:
+        yield from [] if isinstance(share, Exception) else share
+    for share in shares or []:
         if isinstance(share, Exception):
             raise share
-        yield from share
 
 
 def serve(scorer: Scorer) -> None:
@@ -985,7 +975,7 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     draw, mutate = (partial(draw_within, limits, space, method) for method in (space.random, space.mutate))
     draw(random.Random(args.seed))  # limits that nothing meets are told before anything is trained
 
-    begin(scorer, args, args.population + args.evolution["cycles"])
+    begin(scorer, args, args.population + args.cycles)
     history = regularized_evolution(draw, mutate, scorer, random.Random(args.seed), **args.evolution)
     networks = {space.key(arch): (arch, value) for arch, value in reversed(history)}
     arch, best = min(networks.values(), key=lambda pair: pair[1])
@@ -1015,9 +1005,10 @@ def run_score(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
                             "params": int(scorer.space.params(arch)), "seconds": seconds})
             print("{:>9.4f} {params:>12,} {seconds:>8.2f}  {arch}".format(value, **results[-1]), flush=True)
     if args.plot:
-        curves = {scorer.space.format(arch)[:70]: scorer.trained(arch)[0].losses[-1] for arch in archs}
+        curves = {scorer.space.key(arch): (scorer.space.format(arch)[:70], scorer.trained(arch)[0]) for arch in archs}
         plot_lines(args.plot, ("training steps", "loss of the last stage"), *(
-            (text, range(len(curve)), np.array(curve, float), "-") for text, curve in curves.items()))
+            (text, range(len(trained.losses[-1])), np.array(trained.losses[-1], float), "-")
+            for text, trained in curves.values()))
     return {"results": results}
 
 
@@ -1062,7 +1053,7 @@ def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     known = [scorer.task] if args.task else [task for task in TASKS.values() if type(task) is type(scorer.task)]
     draw = partial(mutate_task, scorer.task) if args.task else partial(random_task, kind=type(scorer.task))
 
-    begin(scorer, args, (args.population + args.evolution["cycles"]) * len(labels) + len(others))
+    begin(scorer, args, (args.population + args.cycles) * len(labels) + len(others))
     history = search_task([replace(task, weights=scorer.plain_weights) for task in known], draw,
                           partial(rho_of, scorer, labels), random.Random(args.seed), **args.evolution)
     task, rho = max(((task, -value) for task, value in history), key=lambda pair: pair[1])
@@ -1112,7 +1103,7 @@ OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belo
     "population": ("N", SEARCHES, "members of the queue (50; of tasks 10, with --preset paper 50)"),
     "tournament": ("N", SEARCHES, "members drawn, of which the best is mutated (10; of tasks 5, paper 10)"),
     "cycles": ("N", SEARCHES, "children after the first queue (400; of tasks 20, paper 400)"),
-    "batch": ("N", SEARCHES, "children made from the same queue (8, paper 1)"),
+    "batch": ("N", SEARCHES, "children made from the same queue (8; of tasks 1, paper 1)"),
     "max-params": ("N", ("search",), "search among networks of at most N parameters"),
     "max-flops": ("N", ("search",), "and of at most N operations an image; a multiply-add is two"),
     "labels": ("FILE", LABELLED, "a JSON list of [architecture, value], higher = better"),
@@ -1143,9 +1134,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         option(f"--{name}", metavar=metavar, type=int if metavar == "N" else str, default=defaults.get(name), help=text)
     args = parser.parse_intermixed_args(argv)
 
-    for name, (metavar, modes, _) in {"arch": ("", ("score",), ""), **OPTIONS}.items():
+    if args.arch and args.mode != "score":
+        parser.error(f"ARCH belongs to --mode score, not to --mode {args.mode}")
+    for name, (metavar, modes, _) in OPTIONS.items():
         value, least = getattr(args, name.replace("-", "_")), int(name not in ("steps", "seed", "cycles"))
-        if value not in (defaults.get(name), []) and args.mode not in modes:
+        if value != defaults.get(name) and args.mode not in modes:
             parser.error(f"--{name} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
         if metavar == "N" and value is not None and value < least:
             parser.error(f"--{name} {value}: expected a whole number from {least} up")
@@ -1154,11 +1147,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     fit_only = tasks and args.task and args.cycles == 0  # the weights of that task
     args.population = args.population or (1 if fit_only else 10 if fast and tasks else 50)
     args.tournament = args.tournament or min(5 if fast and tasks else 10, args.population)
-    args.evolution = {
-        "population": args.population, "tournament": args.tournament, "batch": args.batch or (8 if fast else 1),
-        "cycles": (20 if fast and tasks else 400) if args.cycles is None else args.cycles}
-    if args.tournament > args.population:
-        parser.error(f"--tournament {args.tournament}: expected at most the population, {args.population}")
+    args.batch = args.batch or min(8 if fast and not tasks else 1, args.population)
+    args.cycles = (20 if fast and tasks else 400) if args.cycles is None else args.cycles
+    args.evolution = {name: getattr(args, name) for name in ("population", "tournament", "cycles", "batch")}
+    for name in ("tournament", "batch"):
+        if getattr(args, name) > args.population:
+            parser.error(f"--{name} {getattr(args, name)}: expected at most the population, {args.population}")
     return args
 
 
@@ -1177,8 +1171,7 @@ def main(argv: list[str] | None = None) -> None:
         scorer = Scorer(**options, task=args.task, device=devices[0])
         if args.plot:
             plot_lines(args.plot, ("", ""))  # whether it can be drawn and written
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.workers = args.workers or (cores if devices == ["cpu"] else len(devices))
+        args.workers = args.workers or len(devices)
         if torchrun:
             broadcast(scorer.made_with())
             scorer.workers = partial(torchrun_map, scorer)
