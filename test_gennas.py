@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -758,12 +759,15 @@ def is_alive(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[dict, dict]:
     """Result and record of SEARCH in this process alone."""
-    out = tmp_path_factory.mktemp("search") / "out.jsonl"
-    process = start_process(*SEARCH, "--workers", 1, "--out", out)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert (found := timeless(stdout))["evaluated"] == 14 and len(recorded(out)) == found["unique"]
+    found = search_here(out := tmp_path_factory.mktemp("search") / "out.jsonl")
+    assert found["evaluated"] == 14 and len(recorded(out)) == found["unique"]
     return found, recorded(out)
+
+
+def search_here(out: Path) -> dict[str, Any]:
+    with redirect_stdout(io.StringIO()) as stdout:
+        gennas.main([*map(str, SEARCH), "--workers", "1", "--out", str(out)])
+    return timeless(stdout.getvalue())
 
 
 @on_linux
@@ -781,9 +785,13 @@ def test_search_resumes(tmp_path, undisturbed, victim, number, status):
     assert wait_for(lambda: not any(map(is_alive, workers)), 2)
     assert status < 0 or ("a worker died" if victim == "worker" else "interrupted") in stderr.splitlines()[-1]
     assert 3 <= len(recorded(out)) < len(undisturbed[1])
-    workers = 3 if victim == "worker" else 1
-    found = timeless(start_process(*SEARCH, "--workers", workers, "--out", out).communicate(timeout=60)[0])
-    assert found == undisturbed[0] and recorded(out) == undisturbed[1]
+    assert search_here(out) == undisturbed[0] and recorded(out) == undisturbed[1]
+
+
+def test_three_workers_are_one(tmp_path, undisturbed):
+    out = tmp_path / "out.jsonl"
+    assert timeless(start_process(*SEARCH, "--workers", 3, "--out", out).communicate(timeout=60)[0]) == undisturbed[0]
+    assert recorded(out) == undisturbed[1]
 
 
 @on_linux
@@ -882,11 +890,11 @@ def test_search_task(run, result, tmp_path):
     archs = [TINY.random(rng) for _ in range(24)]
     labels, rest = labels_file(tmp_path / "all.json", TINY, [*archs[:12], archs[0], *archs]), tmp_path / "rest.json"
     command = "--mode", "search-task", "--labels", labels, "--limit", 13, "--steps", 1
-    found = result(*command, "--population", 7, "--tournament", 2, "--cycles", 4, "--out", tmp_path / "out.jsonl",
+    found = result(*command, "--population", 5, "--tournament", 2, "--cycles", 2, "--out", tmp_path / "out.jsonl",
                    *plot_to(tmp_path / "x.png"))
-    assert found["evaluated"] == 11 and found["n"] == len({TINY.key(arch) for arch in archs[:12]})
+    assert found["evaluated"] == 7 and found["n"] == len({TINY.key(arch) for arch in archs[:12]})
     tasks = {line["task"] for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines()[1:])}
-    assert len(tasks) == 11 and tasks > {task.digest() for task in gennas.TASKS.values() if isinstance(task, Task)}
+    assert len(tasks) == 7 and tasks > {task.digest() for task in gennas.TASKS.values() if isinstance(task, Task)}
     (tmp_path / "task.json").write_text(json.dumps(found["task"]))
     seen = {TINY.key(arch) for arch in archs[:12]}
     unseen = [(arch, 13.0 + i) for i, arch in enumerate(archs) if TINY.key(arch) not in seen]
@@ -959,18 +967,6 @@ def test_errors_are_one_line_and_exit_2(refused, wrong_files, monkeypatch, words
 def test_plot_without_matplotlib(refused, monkeypatch):
     monkeypatch.setattr(gennas, "find_spec", lambda name: None)
     refused(["pip install matplotlib"], "--mode", "show", "--plot", "x.png")
-
-
-def test_importing_does_nothing():
-    code = """
-import random, sys, torch
-before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
-import gennas, search_spaces
-assert torch.equal(before[0], torch.get_rng_state()) and before[1:] == (random.getstate(), torch.get_num_threads())
-assert "matplotlib" not in sys.modules
-"""
-    process = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
 # --------------------------------------------------------------------------- search spaces: what their tests share
@@ -1084,7 +1080,7 @@ def test_every_space(name):
         assert [tap.shape[2:] for tap in taps] == [(side, side) for side in sides]
 
 
-@pytest.mark.parametrize("name", search_spaces.SPACES)
+@pytest.mark.parametrize("name", [name for name in search_spaces.SPACES if "-fix" not in name])
 def test_every_space_regresses(name):
     task = (small_rnn_task(), None) if name == "nbnlp" else (small_task(), images())
     regression = Regression(*task, Settings(steps=2))
@@ -1346,7 +1342,7 @@ def test_taps_of_all_blocks(name):
     """The last block's maps end such a tap, before them stand those of the others, in the order in which they run."""
     sizes = {"width": 8} if name.startswith("nb") else {"shrink": 8}
     last, every = (search_spaces.get(name, all_blocks=flag, **sizes) for flag in (False, True))
-    for seed in range(3):
+    for seed in range(2):
         arch, taps = last.random(random.Random(seed)), []
         for space in (last, every):
             torch.manual_seed(0)
@@ -1585,13 +1581,11 @@ def plain_space() -> str:
 
 
 def test_each_file_alone(tmp_path):
-    """search_spaces.py builds a network; gennas.py scores an object that has a space's methods."""
+    """search_spaces.py builds a network; gennas.py scores an object with a space's methods. Importing does nothing."""
     for name, code, printed in (("search_spaces", """
-import random, torch, search_spaces
 space = search_spaces.get("nb201")
 print(len(space.build(space.random(random.Random(0)))(torch.zeros(2, 3, 32, 32))))
 """, "3\n"), ("gennas", """
-import torch, gennas
 class Space:
     key = format = str
     def build(self, arch):
@@ -1602,6 +1596,13 @@ print(len(gennas.Scorer(Space(), steps=2)([4, 5])))
 """, "2\n")):
         (tmp_path / name).mkdir()
         shutil.copy(HERE / f"{name}.py", tmp_path / name)
+        code = f"""
+import random, sys, torch
+state = lambda: (torch.get_rng_state().tolist(), random.getstate(), torch.get_num_threads(), "matplotlib" in sys.modules)
+before = state()
+import {name}
+assert state() == before
+""" + code
         process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / name, capture_output=True, text=True)
         assert (process.stdout, process.stderr) == (printed, "")
 
