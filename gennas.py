@@ -432,8 +432,9 @@ class Regression:
             optimizer = self.optimizer(network)
             self.seed_generators("noise", *purpose)
 
-            for step in range(steps + 1):  # the last pass only evaluates
-                network.train(step < steps)
+            for step in range(steps + 1):
+                if step in (0, steps):  # the last pass only evaluates
+                    network.train(step < steps)
                 with torch.set_grad_enabled(step < steps):
                     # 2. the taps of the input with fresh noise
                     taps = network(self.input + self.noise())

@@ -630,7 +630,7 @@ def test_each_network_is_trained_once(monkeypatch):
     assert scorer([other], combo) == pytest.approx([np.log([5, 6]).mean()]) and calls[-1][0] == combo
     weighted = replace(combo, weights={"log loss": -3.0})  # needs no training
     assert scorer([other], weighted) == pytest.approx([-3 * np.log([5, 6]).mean()]) and len(calls) == 6
-    assert [trained.loss for trained in scorer.trained(other, combo)] == [5, 6]
+    assert [trained.loss for trained in scorer.trained(other, combo)] == [5, 6] and scorer([]) == []
 
 
 def test_the_mean_of_seeds_and_what_an_image_does(tmp_path):
@@ -717,9 +717,10 @@ def test_record(run, result, refused, tmp_path):
     assert "torn last line is dropped" in stderr and len(recorded(out)) == 6
     for option, value, named in (("--steps", 1, "steps"), ("--task", "combo", "task"), ("--preset", "paper", "sizes")):
         refused([f"out.jsonl: {named} of this run", "another --out file"], *command, option, value)
-    (tmp_path / "notes.txt").write_text("my notes\n")
-    refused(["notes.txt: first line", "another --out file"], *command[:-1], tmp_path / "notes.txt")
-    assert (tmp_path / "notes.txt").read_text() == "my notes\n" and len(recorded(out)) == 6
+    for foreign in ("my notes\n", out.read_text().split("\n")[0]):  # and a line of settings that is torn
+        (tmp_path / "notes.txt").write_text(foreign)
+        refused(["notes.txt: first line", "another --out file"], *command[:-1], tmp_path / "notes.txt")
+        assert (tmp_path / "notes.txt").read_text() == foreign and len(recorded(out)) == 6
 
 
 def test_a_diverged_network_in_a_record(tmp_path):
@@ -1598,7 +1599,8 @@ print(len(gennas.Scorer(Space(), steps=2)([4, 5])))
         shutil.copy(HERE / f"{name}.py", tmp_path / name)
         code = f"""
 import random, sys, torch
-state = lambda: (torch.get_rng_state().tolist(), random.getstate(), torch.get_num_threads(), "matplotlib" in sys.modules)
+def state():
+    return torch.get_rng_state().tolist(), random.getstate(), torch.get_num_threads(), "matplotlib" in sys.modules
 before = state()
 import {name}
 assert state() == before
