@@ -66,7 +66,7 @@ class Preset(NamedTuple):
 
 
 FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.003, side=16, ridge=1.0)
-WITH_SIZE = {"log loss": 1.0, "log params": -0.03}  # not in the paper: of two equal losses the larger network's counts
+WITH_SIZE = {"log loss": 1.0, "log params": -0.03}  # not in the paper: at an equal loss the larger network is better
 CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, WITH_SIZE, "combo")
 RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, WITH_SIZE, "combo")
 # preset -> family of spaces -> how it is scored; "": families that are not named, and spaces of your own
