@@ -388,7 +388,7 @@ class TrainedHeads(nn.Module):
         with torch.no_grad():  # of two images, because some batch norms use the batch's own statistics in eval() too
             widths = [tap.shape[1] for tap in body.eval()(images[:2])]
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
-                                   for width, target in zip(widths, targets))
+                                   for width, target in zip(widths, targets, strict=True))
 
     def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three (B, C, size, size)
         return [head(F.interpolate(tap, size=self.size)) for head, tap in zip(self.heads, self.body(images))]
@@ -436,15 +436,15 @@ class Regression:
                 if step in (0, steps):  # the last pass only evaluates
                     network.train(step < steps)
                 with torch.set_grad_enabled(step < steps):
-                    # 2. the taps of the input with fresh noise
-                    taps = network(self.input + self.noise())
-                    taps = [taps] if isinstance(self.task, RnnTask) else taps
-                    check(len(taps) == len(self.targets), "feature maps", len(taps), f"{len(self.targets)}")
+                    # 2. what the stages make of the input with fresh noise, behind their heads if these are trained
+                    outputs = network(self.input + self.noise())
+                    outputs = [outputs] if isinstance(self.task, RnnTask) else outputs
+                    check(len(outputs) == len(self.targets), "feature maps", len(outputs), f"{len(self.targets)}")
 
-                    # 3. the loss of each stage: of its trained head, or of the best head
+                    # 3. the loss of each stage that counts: of its trained head, or of the best head for these features
                     losses = torch.stack([
-                        F.mse_loss(taps[stage], self.targets[stage]) if ridge is None
-                        else ridge_loss(*self.matched(stage, taps[stage]), ridge) for stage in self.stages])
+                        F.mse_loss(outputs[stage], self.targets[stage]) if ridge is None
+                        else ridge_loss(*self.matched(stage, outputs[stage]), ridge) for stage in self.stages])
                     loss = self.stage_weights @ losses
                 history.append(losses.detach())  # stays on the device until the end: no step waits for it
 
@@ -727,10 +727,10 @@ class Scorer:
     def __call__(self, archs: list[Any], task: AnyTask | None = None) -> list[float]:
         task, keys, known = task or self.task, [self.space.key(arch) for arch in archs], self.record.known
         digest, arch_of = task.digest(), dict(zip(keys, archs))
-        asked = Counter((digest, seed, key) for key in keys for seed in self.seeds)
+        asked = Counter((digest, seed, key) for key in keys for seed in self.seeds)  # trainings, and how often each
 
         self.progress.advance(sum(asked[name] for name in asked if name in known))
-        items = [(name, task, arch_of[name[2]]) for name in asked if name not in known]
+        items = [(name, task, arch_of[name[2]]) for name in asked if name not in known]  # those to be done
         for name, trained in (self.workers if len(items) > 1 else self.map)(items):
             self.record.add(name, self.space.format(arch_of[name[2]]), trained)
             self.progress.advance(asked[name], trained=1)
