@@ -191,6 +191,7 @@ class Signal:
         f = self.frequencies or (0.1,) * 10
         check(len(f) == 10 and 0 < min(f) and max(f) < 0.5, "frequencies", f, "10 numbers above 0 and below 0.5")
         check(0 <= (self.density or 0) <= 1, "density", self.density, "a number from 0 to 1")
+        check(self.per_sample in (None, True, False), "per_sample", self.per_sample, "true or false")
 
     def maps(self, shape: Shape, images: Tensor | None, *purpose: Any) -> Tensor:
         """Draw the maps, (B, C, H, W), or (1, C, H, W) if all images share them, from a generator that the purpose and
@@ -221,7 +222,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         check(type(self.channels) is int and 1 <= self.channels <= 640, "channels", self.channels, "1 to 640")
-        check(len({s.basis for s in self.signals}) == len(self.signals), "signals", self.signals, "no basis twice")
+        right = type(self.signals) is tuple and len({s.basis for s in self.signals}) == len(self.signals)
+        check(right, "signals", self.signals, "a list of signals, no basis twice")
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,7 @@ COMBO = Task(Noise("gaussian", 0.0), (  # the authors' task that is made by hand
     Stage(64, (Signal("sin1d", 1.0, True, HIGH), Signal("dot", 1.0, True, density=1.0), Signal("resize", 1.0)))))
 
 
-def task_from_json(text: str) -> AnyTask:
+def task_from_json(text: str | bytes) -> AnyTask:
     """Return the task that `to_json` wrote. ValueError tells what is absent, unknown or out of range."""
     try:
         task = json.loads(text, object_hook=part_from_json)
@@ -328,14 +330,15 @@ def read_images(path: str, batch: int) -> Tensor:
         check(right, "shape", array.shape, f"(N, H, W, 3) or (N, 3, H, W), N at least {batch}")
         images = torch.from_numpy(np.array(array[:batch], np.float32)) / (255 if array.dtype == np.uint8 else 1)
         check(bool(0 <= images.min() <= images.max() <= 1), "values", array.dtype.name, "uint8, or float from 0 to 1")
+        return resized(normalised(images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images), 32)
     except (EOFError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"images {path}: {error}; expected a .npy or .npz array") from None
-    return resized(normalised(images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images), 32)
 
 
 def normalised(images: Tensor) -> Tensor:
     """Return images (B, 3, H, W) less the mean of each colour, over its standard deviation."""
     std, mean = torch.std_mean(images, (0, 2, 3), keepdim=True)
+    check(bool(std.min() > 0), "colours", "one that is the same everywhere", "varied ones")
     return (images - mean) / std
 
 
@@ -696,7 +699,7 @@ class Scorer:
 
     Each network is trained once for a task and a seed; equal keys are one network. Nothing else in the process changes.
 
-    space: a name of `search_spaces`, FILE.py:CLASS, or an object with random, mutate, build, key, format and params.
+    space: a name of `search_spaces`; FILE.py:CLASS; or an object, as it is, with random, mutate, build, key, format.
     preset, steps: a name of PRESETS, and a number of training steps in the place of its own.
     task: a name of TASKS, a FILE.json or a task; by default that of the preset or of the space.
     images: "synthetic", or the path of a file for `read_images`.
@@ -934,8 +937,7 @@ def plot_signals(scorer: Scorer, path: str, count: int = 8) -> None:
 
 
 def plot_lines(path: str, labels: tuple[str, str], *lines: tuple[str, Any, Any, str], title: str = "") -> None:
-    """Draw lines or dots, each (name, x, y, style). ValueError or OSError if there can be no such picture."""
-    check(find_spec("matplotlib") is not None, "--plot", "here", "matplotlib, from: pip install matplotlib")
+    """Draw lines or dots, each (name, x, y, style)."""
     from matplotlib.figure import Figure  # the only use of a third package: when a plot is asked for
     figure = Figure(layout="constrained", figsize=(5.5, 4))
     ax = figure.subplots()
@@ -1066,11 +1068,10 @@ def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     print(task.to_json())
     result = {"task": json.loads(task.to_json()), "n": len(labels), "spearman": rho, "evaluated": len(history)}
     summary = f"spearman {rho:.3f} on {len(labels)} networks{', leave-one-out, by fitted weights' * fitted}"
-    if others:
+    if len({value for _, value in others}) > 1:
         result |= {"n_held_out": len(others), "spearman_held_out": rho_of(scorer, others, task)}
         summary += f"; {result['spearman_held_out']:.3f} on {len(others)} others"
-    if not args.quiet:
-        print(f"gennas: {summary}; the best of {len(history)} tasks", file=sys.stderr)
+    print(f"gennas: {summary}; the best of {len(history)} tasks", file=sys.stderr)
     if args.plot:
         plot_history(args.plot, history, "- rho", summary)
     return result
@@ -1159,6 +1160,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. What is wrong becomes one line on stderr and an exit status."""
+    global pool  # it would else be gone before its thread, which holds it weakly, has cancelled what is left
     clock, args, pool, wrong = time.perf_counter(), parse_arguments(argv), None, None
     kept = f"; what was trained is in {args.out}, the same command goes on from there" if args.out else ""
     set_up_process()
@@ -1170,8 +1172,11 @@ def main(argv: list[str] | None = None) -> None:
         if torchrun and distributed.get_rank():  # which needs no files of tasks and labels
             return serve(Scorer(**options, device=devices[int(os.environ["LOCAL_RANK"]) % len(devices)]))
         scorer = Scorer(**options, task=args.task, device=devices[0])
-        if args.plot:
-            plot_lines(args.plot, ("", ""))  # whether it can be drawn and written
+        if args.plot:  # what is wrong with it is told before anything is computed
+            check(find_spec("matplotlib") is not None, "--plot", "here", "matplotlib, from: pip install matplotlib")
+            right = Path(args.plot).suffix in (".png", ".pdf", ".svg") and args.plot != args.out
+            check(right, "--plot", args.plot, "a .png, .pdf or .svg file, and another than --out")
+            open(args.plot, "ab").close()
         args.workers = args.workers or len(devices)
         if torchrun:
             broadcast(scorer.made_with())
@@ -1189,7 +1194,7 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenExecutor:
         fail(1, f"error: a worker died{kept}")
     except (OSError, ValueError) as error:
-        wrong = error
+        wrong = str(error)
     finally:
         if pool:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -1251,7 +1256,7 @@ def read_task(task: AnyTask | str) -> AnyTask:
     if not task.endswith(".json"):
         raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)} or a FILE.json")
     try:
-        return task_from_json(Path(task).read_text(encoding="utf-8"))
+        return task_from_json(Path(task).read_bytes())
     except ValueError as error:
         raise ValueError(f"{task}: {error}") from None
 

@@ -233,7 +233,8 @@ def test_equal_signals_have_equal_digests():
     ("stages.0.signals.0.frequencies", [0.1] * 9), ("stages.0.signals.0.frequencies.3", 0.5),
     ("stages.0.signals.0.frequencies", None), ("stages.1.signals.0.density", 1.01),
     ("stages.0.signals.0.density", 0.5), ("stages.2.signals", [{"basis": "resize", "level": 1.0}] * 2), ("surplus", 1),
-    ("stages.0.surplus", 1), ("weights", {"loss": 1.0}), ("weights", {"log loss": math.inf}), ("weights", [1]),
+    ("stages.0.surplus", 1), ("stages.0.signals", {}), ("stages.0.signals.0.per_sample", "false"),
+    ("weights", {"loss": 1.0}), ("weights", {"log loss": math.inf}), ("weights", [1]),
 ], ids=str)
 def test_a_task_field_out_of_range(place, value):
     data = json.loads(small_task().to_json())
@@ -928,7 +929,8 @@ def wrong_files(tmp_path_factory) -> Path:
                           "equal": [[RICH, 1], [DEAD, 1]]}.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     noise = np.random.default_rng(0).random((20, 32, 32, 3))
-    for name, array in {"grey": noise[..., 0], "few": noise[:3], "range": noise * 255}.items():
+    arrays = {"grey": noise[..., 0], "few": noise[:3], "range": noise * 255, "flat": noise * [0, 1, 1]}
+    for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     return folder
 
@@ -954,9 +956,11 @@ def wrong_files(tmp_path_factory) -> Path:
     ("--task task.json", ["task.json", "level", "0 to 10", "99"]), ("--task nlp", ["nlp", "one like nb101"]),
     ("--images absent.npz", ["absent.npz", "No such file"]), ("--images text.npz", ["text.npz", "expected"]),
     ("--images grey.npy", ["grey.npy", "(20, 32, 32)"]), ("--images few.npy", ["few.npy", "at least 16"]),
-    ("--images range.npy", ["range.npy", "from 0 to 1"]), ("--device abacus", ["abacus", "cpu"]),
+    ("--images range.npy", ["range.npy", "from 0 to 1"]), ("--images flat.npy", ["flat.npy", "same everywhere"]),
+    ("--device abacus", ["abacus", "cpu"]),
     ("--out absent/x.jsonl", ["absent/x.jsonl", "No such file"]), ("--out empty", ["empty"]),
     ("--plot absent/x.png", ["absent/x.png"]), ("--plot x.docx", ["docx", "png"]),
+    ("--plot x.svg --out x.svg", ["x.svg", "another than --out"]),
 ], ids=str)
 def test_errors_are_one_line_and_exit_2(refused, wrong_files, monkeypatch, words, wanted):
     if "--plot" in words:
