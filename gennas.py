@@ -1253,8 +1253,7 @@ def read_task(task: AnyTask | str) -> AnyTask:
     """Return a task of TASKS by its name, one from a JSON file, or the task itself."""
     if isinstance(task, AnyTask) or task in TASKS:
         return TASKS.get(task, task)
-    if not task.endswith(".json"):
-        raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)} or a FILE.json")
+    check(task.endswith(".json"), "task", task, f"one of {', '.join(TASKS)} or a FILE.json")
     try:
         return task_from_json(Path(task).read_bytes())
     except ValueError as error:
