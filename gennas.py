@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network is trained. The defaults are the paper's; the preset "fast" differs, see PRESETS."""
+    """The settings of a training. The defaults are the paper's; the preset "fast" differs, see PRESETS."""
     steps: int = 100  # of training; after 0 the untrained network is scored
     learning_rate: float = 0.1  # of SGD, constant
     momentum: float = 0.9
@@ -58,7 +58,7 @@ class Settings:
 
 
 class Preset(NamedTuple):
-    """How the networks of a family of spaces are trained and scored."""
+    """The way in which the networks of a family of spaces are trained and scored."""
     settings: Settings
     sizes: dict[str, Any] = {}  # of the network that is trained: arguments of the space's class in search_spaces
     weights: dict[str, float] = {"log loss": 1.0}  # of the terms of a score
@@ -205,7 +205,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class Noise:
-    """What is added to the input in every pass: uniform in [-level, level], or gaussian times the level (0 to 10)."""
+    """The noise on the input of every pass: uniform in [-level, level], or gaussian times the level (0 to 10)."""
     kind: str
     level: float
 
@@ -216,7 +216,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the maps of one tap must become: `channels` (1 to 640, so many maps has sin1d) sums of signals."""
+    """The target of one tap: `channels` (1 to 640, so many maps has sin1d) sums of signals."""
     channels: int
     signals: tuple[Signal, ...]
 
@@ -228,7 +228,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class AnyTask:
-    """What the tasks of CNNs and of recurrent networks, which say what `parts` they have, share."""
+    """A task of either kind of network, which says what `parts` it has: tensors, and the signals of each."""
     noise: Noise
     weights: dict[str, float] | None = field(default=None, hash=False, kw_only=True)  # of a score's terms, see TERMS
 
@@ -350,7 +350,7 @@ def resized(images: Tensor, side: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ regression (paper, 3.1)
 class Trained(NamedTuple):
-    """What the training of a network gives."""
+    """The result of a training."""
     loss: float  # after the last step, weighted over the stages; not finite: it diverged
     losses: list[list[float]]  # of each stage, steps + 1: before each step and, in eval() mode, after the last
     params: int  # of the network that was trained, without heads
@@ -422,6 +422,7 @@ class Regression:
         stage_weights = settings.stage_weights[-len(self.targets):]  # a recurrent network has one stage, the last
         self.stages = [stage for stage, weight in enumerate(stage_weights) if weight]  # those that count
         self.stage_weights = torch.tensor(stage_weights, device=self.device)[self.stages]
+        self.target_rows: dict[tuple[int, ...], Tensor] = {}  # made once for a stage and the sides of its tap
 
     def __call__(self, space: Any, arch: Any) -> Trained:
         purpose = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
@@ -502,10 +503,13 @@ class Regression:
         resized. A smaller one is compared with the target's means over its pixels, as no head can tell the rest; so
         taps should have the same size for all architectures."""
         target = self.targets[stage]
-        if tap.ndim == 4:
-            tap = F.interpolate(tap, size=target.shape[2:]) if tap.shape[2] > target.shape[2] else tap
-            target = F.adaptive_avg_pool2d(target, tap.shape[2:])
-        return rows(tap), rows(target) - rows(target).mean(0)
+        if tap.ndim == 4 and tap.shape[2] > target.shape[2]:
+            tap = F.interpolate(tap, size=target.shape[2:])
+        sides = stage, *tap.shape[2:]
+        if sides not in self.target_rows:
+            wanted = rows(F.adaptive_avg_pool2d(target, tap.shape[2:]) if tap.ndim == 4 else target)
+            self.target_rows[sides] = wanted - wanted.mean(0)
+        return rows(tap), self.target_rows[sides]
 
 
 # ------------------------------------------------------------------------------------------------------------ score
@@ -538,23 +542,23 @@ def fit_weights(networks: list[Trained], values: list[float], penalty: float = 2
     free, the penalty draws the other terms to 0, so that few labels leave mostly the loss. Terms are measured in median
     absolute deviations and cut at four, or the few networks that hardly train would decide the weights of all others.
     """
-    finite = [i for i, trained in enumerate(networks) if math.isfinite(trained.loss)]
-    if len(finite) < 3:
+    converged = [i for i, trained in enumerate(networks) if math.isfinite(trained.loss)]
+    if len(converged) < 3:
         return {"log loss": 1.0}, math.nan
-    table = [terms(networks[i]) for i in finite]
+    table = [terms(networks[i]) for i in converged]
     x = np.array([list(row.values()) for row in table])  # (n, terms)
     x = x - np.median(x, 0)
     typical = np.median(abs(x), 0)
     varied, names = typical > 1e-5, list(table[0])
     x = np.clip(x[:, varied] / typical[varied], -4, 4)
-    x, y = x - x.mean(0), ranks(-np.array(values)[finite])
+    x, y = x - x.mean(0), ranks(-np.array(values)[converged])
     y = (y - y.mean()) / y.std()
 
     penalties = np.array([1e-6 if name == "log loss" else penalty for name in names])  # not 0: it must be regular
     solution = np.linalg.solve(x.T @ x + np.diag(penalties[varied]), x.T)  # (terms, n)
     fitted, leverage = solution @ y, (x * solution.T).sum(1)  # the latter is the diagonal of the hat matrix
     left_out = np.full(len(networks), math.inf)  # scores by leave-one-out; a diverged network stays the last
-    left_out[finite] = y - (y - x @ fitted) / (1 - leverage)
+    left_out[converged] = y - (y - x @ fitted) / (1 - leverage)
     weights = zip(np.array(names)[varied].tolist(), fitted / typical[varied])
     return {name: float(f"{weight:.4g}") for name, weight in weights}, spearman(-left_out, values)
 
@@ -679,8 +683,8 @@ def search_task(start: list[AnyTask], draw: Callable[[random.Random], AnyTask], 
                 rng: random.Random, **evolution: int) -> list[tuple[AnyTask, float]]:
     """Search a task (paper, 3.4) and return all (task, -fitness); the first are those of `start`, then `draw(rng)`. The
     paper's fitness is |rho| of the loss with some 20 labels; but a search minimises the score, so keep rho's sign."""
-    known = deque(start)
-    return regularized_evolution(lambda rng: known.popleft() if known else draw(rng), mutate_task,
+    first = deque(start)
+    return regularized_evolution(lambda rng: first.popleft() if first else draw(rng), mutate_task,
                                  lambda tasks: [-fitness(task) for task in tasks], rng, **evolution)
 
 
@@ -736,7 +740,7 @@ class Scorer:
         items = [(name, task, arch_of[name[2]]) for name in asked if name not in known]  # those to be done
         for name, trained in (self.workers if len(items) > 1 else self.map)(items):
             self.record.add(name, self.space.format(arch_of[name[2]]), trained)
-            self.progress.advance(asked[name], trained=1)
+            self.progress.advance(asked[name], new=1)
 
         weights, n = self.weights(task), len(self.seeds)
         scores = [sum(score(weights, known[digest, seed, key]) for seed in self.seeds) / n for key in keys]
@@ -779,7 +783,7 @@ LOSSES = 5  # raised when the same settings give other losses or other lines tha
 
 
 class Record:
-    """What is known, by name, and its file: a line of settings, then one a training, flushed as it is made.
+    """The trainings that are known, by name, and their file: a line of settings, then one each, flushed as it is made.
 
     An existing file is read, so that a run goes on where it stopped; a torn last line is dropped with a warning.
     ValueError if it holds something else or was made with other settings: then it stays as it is.
@@ -822,16 +826,16 @@ def finite(value: float) -> float | None:
 
 
 class Progress:
-    """How far a run of `total` trainings is: a line on stderr every ten seconds; none of 0."""
+    """The progress of a run of `total` trainings: a line on stderr every ten seconds; none if the total is 0."""
 
     def __init__(self, total: int = 0):
-        self.total, self.done, self.trained, self.best = total, 0, 0, math.inf
+        self.total, self.done, self.new, self.best = total, 0, 0, math.inf
         self.start = self.shown = time.monotonic()
 
-    def advance(self, count: int, trained: int = 0) -> None:
-        self.done, self.trained, now = self.done + count, self.trained + trained, time.monotonic()
+    def advance(self, count: int, new: int = 0) -> None:
+        self.done, self.new, now = self.done + count, self.new + new, time.monotonic()
         if self.total and now - self.shown >= 10:
-            self.shown, rate = now, max(self.trained, 1) / (now - self.start)
+            self.shown, rate = now, max(self.new, 1) / (now - self.start)
             print(f"{self.done}/{self.total}  {rate:.2f}/s  {(self.total - self.done) / rate:.0f} s left  "
                   f"best score {self.best:.4f}", file=sys.stderr)
 
@@ -1053,11 +1057,11 @@ def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     """Search a task whose score ranks labelled architectures, and fit the weights of its score to them."""
     labels, others = load_labels(scorer, args)
     labels = list({scorer.space.key(arch): (arch, value) for arch, value in reversed(labels)}.values())
-    known = [scorer.task] if args.task else [task for task in TASKS.values() if type(task) is type(scorer.task)]
+    start = [scorer.task] if args.task else [task for task in TASKS.values() if type(task) is type(scorer.task)]
     draw = partial(mutate_task, scorer.task) if args.task else partial(random_task, kind=type(scorer.task))
 
     begin(scorer, args, (args.population + args.cycles) * len(labels) + len(others))
-    history = search_task([replace(task, weights=scorer.plain_weights) for task in known], draw,
+    history = search_task([replace(task, weights=scorer.plain_weights) for task in start], draw,
                           partial(rho_of, scorer, labels), random.Random(args.seed), **args.evolution)
     task, rho = max(((task, -value) for task, value in history), key=lambda pair: pair[1])
     weights, rho_left_out = fit_weights([scorer.trained(arch, task)[0] for arch, _ in labels],
@@ -1114,6 +1118,9 @@ OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belo
     "out": ("FILE.jsonl", (*SCORES, "search-task"), "record of every training; the same command resumes from it"),
     "plot": ("FILE.png", MODES, "draw the result (needs matplotlib)"),
 }
+# preset, whether tasks are searched -> population, tournament, cycles, batch
+EVOLUTION = {("fast", False): (50, 10, 400, 8), ("fast", True): (10, 5, 20, 1),
+             ("paper", False): (50, 10, 400, 1), ("paper", True): (50, 10, 400, 1)}
 
 
 def fail(status: int, message: str) -> Any:
@@ -1145,12 +1152,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if metavar == "N" and value is not None and value < least:
             parser.error(f"--{name} {value}: expected a whole number from {least} up")
 
-    fast, tasks = args.preset == "fast", args.mode == "search-task"
-    fit_only = tasks and args.task and args.cycles == 0  # the weights of that task
-    args.population = args.population or (1 if fit_only else 10 if fast and tasks else 50)
-    args.tournament = args.tournament or min(5 if fast and tasks else 10, args.population)
-    args.batch = args.batch or min(8 if fast and not tasks else 1, args.population)
-    args.cycles = (20 if fast and tasks else 400) if args.cycles is None else args.cycles
+    tasks = args.mode == "search-task"
+    population, tournament, cycles, batch = EVOLUTION[args.preset, tasks]
+    if tasks and args.task and args.cycles == 0:
+        population = 1  # no search: the weights of that task are fitted
+    args.population = args.population or population
+    args.tournament = args.tournament or min(tournament, args.population)
+    args.batch = args.batch or min(batch, args.population)
+    args.cycles = cycles if args.cycles is None else args.cycles
     args.evolution = {name: getattr(args, name) for name in ("population", "tournament", "cycles", "batch")}
     for name in ("tournament", "batch"):
         if getattr(args, name) > args.population:
