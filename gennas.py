@@ -1118,9 +1118,6 @@ OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belo
     "out": ("FILE.jsonl", (*SCORES, "search-task"), "record of every training; the same command resumes from it"),
     "plot": ("FILE.png", MODES, "draw the result (needs matplotlib)"),
 }
-# preset, whether tasks are searched -> population, tournament, cycles, batch
-EVOLUTION = {("fast", False): (50, 10, 400, 8), ("fast", True): (10, 5, 20, 1),
-             ("paper", False): (50, 10, 400, 1), ("paper", True): (50, 10, 400, 1)}
 
 
 def fail(status: int, message: str) -> Any:
@@ -1152,8 +1149,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if metavar == "N" and value is not None and value < least:
             parser.error(f"--{name} {value}: expected a whole number from {least} up")
 
-    tasks = args.mode == "search-task"
-    population, tournament, cycles, batch = EVOLUTION[args.preset, tasks]
+    fast, tasks = args.preset == "fast", args.mode == "search-task"
+    population, tournament, cycles, batch = (10, 5, 20, 1) if fast and tasks else (50, 10, 400, 8 if fast else 1)
     if tasks and args.task and args.cycles == 0:
         population = 1  # no search: the weights of that task are fitted
     args.population = args.population or population
