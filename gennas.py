@@ -779,7 +779,7 @@ class Scorer:
 
 
 # ----------------------------------------------------------------------------------------------- record and progress
-LOSSES = 5  # raised when the same settings give other losses or other lines than before: no record mixes them
+LOSSES = 6  # raised when the same settings give other losses or other lines than before: no record mixes them
 
 
 class Record:

@@ -150,22 +150,8 @@ def summing(maps: Any) -> Callable[[tuple[int, ...]], Tensor]:
 Op = Callable[[int, int], nn.Module]  # constructor(channels, stride)
 
 
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution without bias as one matrix product, which on small maps is faster."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int = 1):
-        super().__init__(c_in, c_out, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        step = self.stride[0]
-        x = x[:, :, ::step, ::step] if step > 1 else x
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
-
-
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A convolution without bias that keeps the map's size but for the stride."""
-    if kernel == groups == 1:
-        return Pointwise(c_in, c_out, stride)
     return nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel - 1) // 2, dilation, groups, bias=False)
 
 
@@ -516,26 +502,16 @@ class NB201(SearchSpace):
 
 
 class NB201Cell(nn.Module):
-    """A NAS-Bench-201 cell. Equal operations on the same node run as one, for a small network costs what its calls do:
-    convolutions as one with all their channels, pools once."""
+    """A NAS-Bench-201 cell, a module for each vertex of its graph."""
 
     def __init__(self, graph: Graph, width: int, norm: dict[str, bool]):
         super().__init__()
-        self.output = graph[-1].inputs
-        self.places: dict[Vertex, list[int]] = {}  # operation and what it reads -> where it stands in the graph
-        for place, vertex in enumerate(graph[1:-1], start=1):
-            self.places.setdefault(vertex, []).append(place)
-        self.ops = nn.ModuleList(
-            relu_bn(conv(width, len(places) * width, int(op[-1])), **norm) if "conv" in op else OPS[op](width, 1)
-            for (op, _), places in self.places.items())
+        self.graph = graph
+        self.ops = nn.ModuleList(relu_bn(conv(width, width, int(op[-1])), **norm) if "conv" in op else OPS[op](width, 1)
+                                 for op, _ in graph[1:])
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        maps = {0: x}
-        node = summing(maps)
-        for ((op, inputs), places), module in zip(self.places.items(), self.ops):
-            made = module(node(inputs))
-            maps |= zip(places, made.chunk(len(places), 1) if "conv" in op else repeat(made))
-        return node(self.output)
+        return run_graph(self.graph, self.ops, [x])[-1]
 
 
 class Nothing(nn.Module):
