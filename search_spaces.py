@@ -132,18 +132,15 @@ def spell(graph: Graph) -> str:
     return ";".join(f"{op}({','.join(map(str, inputs))})" for op, inputs in graph)
 
 
-def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor], zero: Tensor | None = None) -> list[Tensor]:
-    """`maps`, those of the inputs, and after them those of all vertices that `ops` has a module for. A sum that several
-    vertices read is computed once; a vertex that reads nothing works on `zero`."""
-    total = summing(maps)
+def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor]) -> list[Tensor]:
+    """Return `maps`, those of the inputs, and after them those of all vertices that `ops` has a module for. A sum that
+    several vertices read is computed once."""
+    sums: dict[tuple[int, ...], Tensor] = {}
     for (_, inputs), op in zip(graph[len(maps):], ops):
-        maps.append(op(total(inputs) if inputs else zero))
+        if inputs not in sums:
+            sums[inputs] = sum((maps[i] for i in inputs[1:]), start=maps[inputs[0]])
+        maps.append(op(sums[inputs]))
     return maps
-
-
-def summing(maps: Any) -> Callable[[tuple[int, ...]], Tensor]:
-    """The sum of the maps at some places, of equal places computed once."""
-    return cache(lambda places: sum((maps[i] for i in places[1:]), start=maps[places[0]]))
 
 
 # ------------------------------------------------------------------------------------------------------- operations
@@ -208,7 +205,6 @@ def factorized(k: int) -> Op:
 OPS: dict[str, Op] = {
     "node": lambda c, stride: nn.Identity(), "output": lambda c, stride: nn.Identity(),  # a sum and nothing else
     "none": lambda c, stride: nn.Sequential(nn.AvgPool2d(1, stride), nn.Threshold(math.inf, 0)),  # zero
-    "bias": lambda c, stride: nn.BatchNorm2d(c),  # all that is left of a convolution of zeros
     "skip_connect": lambda c, stride: nn.Identity() if stride == 1 else FactorizedReduction(c, c),
     "avg_pool_3x3": lambda c, stride: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
     "maxpool3x3": lambda c, stride: nn.MaxPool2d(3, stride, 1),
@@ -648,25 +644,24 @@ class Cells(SearchSpace):
         return arch._replace(genotype=self.genotype(*cells))
 
     def graphs(self, arch: CellNet, whole: bool = False) -> list[Graph]:
-        """Of the normal and the reduction cell: the canonical graph of what has an effect (`whole`: every operation). A
-        skip is resolved to what it carries, except a strided one, which is an operation; a pool of a constant too. Of
-        zero, a pool makes zero, a convolution the bias of its last batch norm, which is constant; a separable one too,
-        for its first batch norm's bias starts at zero and stays there, since the ReLU that follows has no slope at
-        zero."""
+        """Return the canonical graphs of the normal and of the reduction cell (`whole`: every operation, in order). A skip
+        is resolved to what it carries, except a strided one, which is an operation; a sum of nothing is zero."""
         graphs = []
         for reduction, (pairs, concat) in enumerate((arch.genotype[:2], arch.genotype[2:])):
             graph = [Vertex("input 0"), Vertex("input 1")]
             nodes: list[tuple[int, ...]] = [(0,), (1,)]  # the vertices whose sum a node is
-            for i, (op, source) in enumerate(pairs):
-                if i % 2 == 0:
-                    nodes.append(())
-                constant = nodes[source] and all(graph[j].op == "bias" for j in nodes[source])
-                carries = op == "skip_connect" and not (reduction and source < 2) or constant and "pool" in op
-                if carries and not whole:
-                    nodes[-1] += nodes[source]
-                elif whole or op != "none" and (nodes[source] or "conv" in op):
-                    nodes[-1] += (len(graph),)
-                    graph.append(Vertex(op if nodes[source] else "bias", nodes[source]))
+            for i in range(0, len(pairs), 2):
+                node: tuple[int, ...] = ()
+                for op, source in pairs[i:i + 2]:
+                    if op == "skip_connect" and not whole and not (reduction and source < 2):
+                        node += nodes[source]
+                    elif whole or op != "none":
+                        node += (len(graph),)
+                        graph.append(Vertex(op, nodes[source]))
+                if not node:
+                    node = (len(graph),)
+                    graph.append(Vertex("none", (0,)))
+                nodes.append(node)
             first = len(graph)
             graph += [Vertex("node", nodes[j]) for j in concat]
             graph.append(Vertex("concat", tuple(range(first, len(graph)))))
@@ -674,16 +669,7 @@ class Cells(SearchSpace):
         return graphs
 
     def key(self, arch: CellNet) -> str:
-        """Both cells, if they reach a tap, width, and depth, or the chain of cells that reach one where not all do."""
-        graphs = self.graphs(arch)
-        reductions, taps, needed = layout(graphs, arch.depth)
-        used = graphs if needed.intersection(reductions) else graphs[:1]
-        depth: Any = arch.depth
-        if not needed.issuperset(range(arch.depth)):
-            place = {cell: number for number, cell in enumerate(sorted(needed))}
-            depth = [(i in reductions, i in taps, *(place[i - 2 + j] for j in inputs_read(graphs[i in reductions])))
-                     for i in place if i >= 0]
-        return "|".join([*map(spell, used), str(arch.width), str(depth)])
+        return "|".join([*map(spell, self.graphs(arch)), str(arch.width), str(arch.depth)])
 
     def read(self, text: str) -> CellNet:
         """From an NDS net dict, or from the text `Genotype(...)`, which has the fixed width and depth."""
@@ -718,26 +704,10 @@ class Cells(SearchSpace):
         return Classifier(network, network.out_width, 1000 if self.imagenet else 10) if whole else network
 
 
-def inputs_read(graph: Graph) -> list[int]:
-    """Those of the inputs 0 and 1 that a cell reads."""
-    return sorted({j for vertex in graph for j in vertex.inputs if j < 2})
-
-
-def layout(graphs: list[Graph], depth: int) -> tuple[tuple[int, ...], tuple[int, ...], set[int]]:
-    """The reduction cells; the tapped cells, before these and at the end; all that reach a tap (below 0: the stems)."""
-    reductions = depth // 3, 2 * depth // 3
-    taps = *(i - 1 for i in reductions), depth - 1
-    needed = set(taps)
-    for i in reversed(range(depth)):
-        if i in needed:
-            needed |= {i - 2 + j for j in inputs_read(graphs[i in reductions])}
-    return reductions, taps, needed
-
-
 class CellNetwork(nn.Module):
     """Cells in a chain, each on the outputs of the two before it; those at a third and two thirds of the depth are
     reduction cells, which halve the map and double the width. Taps: before these two, and at the end. Unless `whole`,
-    an ImageNet stem has stride 1, and what reaches no tap is left out: cells, and the preparation of inputs."""
+    an ImageNet stem has stride 1."""
 
     def __init__(self, graphs: list[Graph], width: int, depth: int, imagenet: bool, all_blocks: bool = False,
                  whole: bool = False):
@@ -749,50 +719,44 @@ class CellNetwork(nn.Module):
             self.stem = nn.ModuleList([first, relu_bn(conv(width, width, 3, stride))])
         else:
             self.stem = nn.ModuleList([conv_bn(3, 3 * width, 3), nn.Identity()])
-        reductions, self.taps, needed = layout(graphs, depth)
-        self.needed = set(range(-2, depth)) if whole else needed
-        self.cells = nn.ModuleList()  # None for a cell that is left out
+        reductions = depth // 3, 2 * depth // 3
+        self.taps = *(i - 1 for i in reductions), depth - 1
+        self.cells = nn.ModuleList()
         c_before = c_last = width if imagenet else 3 * width
         last_reduced = imagenet and whole
         for i in range(depth):
             reduction = i in reductions
             width *= 1 + reduction
-            sizes = c_before, c_last, width, last_reduced, reduction, whole
-            self.cells.append(TwoInputCell(graphs[reduction], *sizes) if i in self.needed else None)
+            self.cells.append(TwoInputCell(graphs[reduction], c_before, c_last, width, last_reduced, reduction))
             c_before, c_last, last_reduced = c_last, width * len(graphs[reduction][-1].inputs), reduction
         self.out_width = c_last
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        before = self.stem[0](x) if not self.needed.isdisjoint((-2, -1)) else None
-        last = self.stem[1](before) if -1 in self.needed else None
-        taps, maps, side = [], [], x.shape[-1]
+    def forward(self, x: Tensor) -> list[Tensor]:  # (B, 3, H, W)
+        before = self.stem[0](x)
+        last = self.stem[1](before)
+        taps, maps = [], []
         for i, cell in enumerate(self.cells):
-            before, last = last, cell and cell(before, last, x.new_zeros(len(x), cell.width, side, side))
-            maps += [] if last is None else [last]
+            before, last = last, cell(before, last)
+            maps.append(last)
             if i in self.taps:
                 taps.append(torch.cat(maps, 1) if self.all_blocks else last)
-                maps, side = [], side // 2
+                maps = []
         return taps
 
 
 class TwoInputCell(nn.Module):
     """One cell: both inputs brought to its width, its graph, the concatenation of nodes."""
 
-    def __init__(self, graph: Graph, c_before: int, c_last: int, width: int, last_reduced: bool, reduction: bool,
-                 whole: bool):
+    def __init__(self, graph: Graph, c_before: int, c_last: int, width: int, last_reduced: bool, reduction: bool):
         super().__init__()
-        self.graph, self.width = graph, width
+        self.graph = graph
         before = FactorizedReduction(c_before, width) if last_reduced else relu_bn(conv(c_before, width, 1))
-        prepare = before, relu_bn(conv(c_last, width, 1))
-        read = (0, 1) if whole else inputs_read(graph)
-        self.prepare = nn.ModuleList(module if j in read else None for j, module in enumerate(prepare))
-        self.ops = nn.ModuleList(OPS[op](width, 2 if reduction and inputs and max(inputs) < 2 else 1)
+        self.prepare = nn.ModuleList([before, relu_bn(conv(c_last, width, 1))])
+        self.ops = nn.ModuleList(OPS[op](width, 2 if reduction and max(inputs) < 2 else 1)
                                  for op, inputs in graph[2:-1])
 
-    def forward(self, before: Tensor | None, last: Tensor | None, zero: Tensor) -> Tensor:  # -> (B, n width, H, W)
-        """An input that the cell ignores may be None; `zero`, (B, width, H, W), is the map of a node without inputs."""
-        inputs = [prepare and prepare(x) for prepare, x in zip(self.prepare, (before, last))]
-        maps = run_graph(self.graph, self.ops, inputs, zero)
+    def forward(self, before: Tensor, last: Tensor) -> Tensor:  # (B, c_before, ...), (B, c_last, H, W)
+        maps = run_graph(self.graph, self.ops, [self.prepare[0](before), self.prepare[1](last)])
         return torch.cat([maps[j] for j in self.graph[-1].inputs], 1)
 
 
