@@ -11,16 +11,11 @@ A search space is a class with
     parse(text), format(arch)       the spelling that the benchmark's own tools read and write
     params(arch) -> int             the parameter count of the benchmark's own network, dead operations included
 
-An arch is a plain immutable value, `rng` a `random.Random`. The file needs torch only and can be copied alone. It has
-computation graphs, which keys and cells are made of; operations; what all spaces share; the spaces; names and labels.
+An arch is a plain immutable value, `rng` a `random.Random`. Text enters by `parse` alone, with a ValueError that names
+what is wrong in it; the other methods take an arch that `parse`, `random` or `mutate` gave, and check nothing.
 
-    space                           an arch                                     a mutation changes     width (benchmark)
-    nb101                           matrix and ops of a cell's vertices         edges and ops          16 (128)
-    nb201                           ops on a cell's 6 edges                     one op                 16 (16)
-    nbmacro                         kinds of 8 layers                           one layer              32 (32)
-    darts enas pnas nasnet amoeba   (op, input) pairs of 2 cells, width, depth  one of these           the arch's own
-    resnet resnext-a resnext-b      blocks, width, bottleneck, groups a stage   one of one stage       the arch's own
-    nbnlp                           op and inputs of a recurrent cell's nodes   one op or one input    400-600-600-400
+The file needs torch only and can be copied alone. It has graphs, which keys and cells are made of; operations; what all
+spaces share; NAS-Bench-201, the worked example, and the other spaces; names and labels; canonical graphs.
 """
 from __future__ import annotations
 
@@ -31,9 +26,7 @@ import math
 import random
 import re
 import sys
-import warnings
-from contextlib import suppress
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from graphlib import TopologicalSorter
 from itertools import accumulate, pairwise, product, repeat
 from pathlib import Path
@@ -47,17 +40,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------------------------------------- computation graphs
 class Vertex(NamedTuple):
-    """One vertex of a computation graph: an operation on the sum of the vertices at `inputs`, earlier in the list."""
+    """A vertex of a computation graph: an operation on the sum of the vertices at `inputs`, earlier in the list."""
     op: str
     inputs: tuple[int, ...] = ()
 
 
-Graph = tuple[Vertex, ...]  # topological order; the inputs, called "input ...", come first, the output last
-MOST_ORDERS = 2000  # that `canonical` compares; graphs drawn from the spaces need a handful
+Graph = tuple[Vertex, ...]  # in topological order: the inputs, called "input ...", come first, the output last
 
 
 def live(graph: Iterable[Vertex]) -> Graph:
-    """`graph` without the vertices that do not reach its output; the inputs stay."""
+    """Return the graph without the vertices that do not reach its output; the inputs stay."""
     graph = tuple(graph)
     reached = {i for i, vertex in enumerate(graph) if vertex.op.startswith("input")} | {len(graph) - 1}
     for i in reversed(range(len(graph))):
@@ -67,75 +59,14 @@ def live(graph: Iterable[Vertex]) -> Graph:
     return tuple(Vertex(graph[i].op, tuple(place[j] for j in graph[i].inputs)) for i in place)
 
 
-def canonical(graph: Graph) -> Graph:
-    """The same representative for all graphs that are `graph` up to the order of vertices and of summands.
-
-    Individualisation and refinement (McKay and Piperno, 2014): a vertex's colour is its rank by depth and operation,
-    then by the colours of what it reads and of what reads it, until that splits nothing more. Where colours still tie,
-    each of the tied vertices is set before the others in turn. Without ties they order the vertices, topologically; the
-    smallest graph in such an order wins. Two orders of the same graph are a symmetry of it, and of an orbit, vertices
-    that symmetries carry into each other, one is enough to try. ValueError where MOST_ORDERS are not enough.
-    """
-    readers: list[list[int]] = [[] for _ in graph]
-    depths: list[int] = []
-    for i, vertex in enumerate(graph):
-        depths.append(0 if vertex.op.startswith("input") else 1 + max((depths[j] for j in vertex.inputs), default=0))
-        for j in vertex.inputs:
-            readers[j].append(i)
-    depths[-1] = len(graph)  # the output stands last even when nothing reaches it
-
-    def colours_of(colours: list[int], vertices: Iterable[int]) -> tuple[int, ...]:
-        return tuple(sorted(colours[i] for i in vertices))
-
-    def refine(colours: list[Any]) -> list[int]:
-        while True:
-            place = {colour: rank for rank, colour in enumerate(sorted(set(colours)))}
-            ranks = [place[colour] for colour in colours]
-            colours = [(rank, colours_of(ranks, vertex.inputs), colours_of(ranks, reading))
-                       for rank, vertex, reading in zip(ranks, graph, readers)]
-            if len(set(colours)) == len(place):
-                return ranks
-
-    def opens_its_orbit(i: int, fixed: tuple[int, ...]) -> bool:
-        """Whether no known symmetries that leave `fixed` where they are carry vertex i to a smaller one."""
-        moves = [symmetry for symmetry in symmetries if all(symmetry[j] == j for j in fixed)]
-        orbit = [i]
-        for j in orbit:  # grows on the way
-            orbit += {move[j] for move in moves}.difference(orbit)
-        return i == min(orbit)
-
-    orders: dict[Graph, list[int]] = {}  # the first order of the vertices that was found for a graph
-    symmetries: list[dict[int, int]] = []
-    todo: list[tuple[list[Any], tuple[int, ...]]] = [([(depth, op) for depth, (op, _) in zip(depths, graph)], ())]
-    while todo:  # depth first: colours, and the vertices that were set before others
-        colours, chosen = todo.pop()
-        if not all(opens_its_orbit(i, chosen[:n]) for n, i in enumerate(chosen)):
-            continue
-        colours = refine(colours)
-        order = sorted(range(len(graph)), key=colours.__getitem__)
-        tied = next((colours[i] for i, j in pairwise(order) if colours[i] == colours[j]), None)
-        if tied is not None:
-            todo += [([2 * c - (i == first) for i, c in enumerate(colours)], (*chosen, first))
-                     for first in reversed(range(len(graph))) if colours[first] == tied]
-        else:
-            result = tuple(Vertex(graph[i].op, colours_of(colours, graph[i].inputs)) for i in order)
-            known = orders.setdefault(result, order)
-            if known is not order:
-                symmetries.append(dict(zip(known, order)))
-            if len(orders) + len(symmetries) > MOST_ORDERS:
-                raise ValueError(f"a graph of {len(graph)} vertices is too regular for a canonical form to be found")
-    return min(orders)
-
-
 def spell(graph: Graph) -> str:
-    """A graph as text, for keys."""
+    """Return the graph as text, for keys."""
     return ";".join(f"{op}({','.join(map(str, inputs))})" for op, inputs in graph)
 
 
 def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor]) -> list[Tensor]:
-    """Return `maps`, those of the inputs, and after them those of all vertices that `ops` has a module for. A sum that
-    several vertices read is computed once."""
-    sums: dict[tuple[int, ...], Tensor] = {}
+    """Return `maps`, those of the inputs, and after them those of all vertices that `ops` has a module for."""
+    sums: dict[tuple[int, ...], Tensor] = {}  # what several vertices read is summed once
     for (_, inputs), op in zip(graph[len(maps):], ops):
         if inputs not in sums:
             sums[inputs] = sum((maps[i] for i in inputs[1:]), start=maps[inputs[0]])
@@ -148,7 +79,7 @@ Op = Callable[[int, int], nn.Module]  # constructor(channels, stride)
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the map's size but for the stride."""
+    """Make a convolution without bias that keeps the map's size but for the stride."""
     return nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel - 1) // 2, dilation, groups, bias=False)
 
 
@@ -161,7 +92,7 @@ def conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: in
 
 
 def relu_bn(*convs: nn.Conv2d, **norm: bool) -> nn.Sequential:
-    """Convolutions between a ReLU and a batch norm; `norm`: options of the latter."""
+    """Put convolutions between a ReLU and a batch norm; `norm`: options of the latter."""
     return nn.Sequential(nn.ReLU(), *convs, nn.BatchNorm2d(convs[-1].out_channels, **norm))
 
 
@@ -185,16 +116,9 @@ class FactorizedReduction(nn.Module):
         return self.bn(torch.cat([self.halves[0](x), self.halves[1](x[:, :, 1:, 1:])], 1))
 
 
-def relu_conv(kernel: int) -> Op:
-    return lambda c, stride: relu_bn(conv(c, c, kernel, stride))
-
-
-def separable(kernel: int, dilation: int = 1) -> Op:
-    return lambda c, stride: relu_bn(conv(c, c, kernel, stride, c, dilation), conv(c, c, 1))
-
-
-def twice(op: Op) -> Op:
-    return lambda c, stride: nn.Sequential(op(c, stride), op(c, 1))
+def separable(kernel: int, dilation: int = 1, times: int = 2) -> Op:
+    return lambda c, stride: nn.Sequential(*[relu_bn(conv(c, c, kernel, step, c, dilation), conv(c, c, 1))
+                                             for step in (stride, 1)[:times]])
 
 
 def factorized(k: int) -> Op:
@@ -203,21 +127,21 @@ def factorized(k: int) -> Op:
 
 
 OPS: dict[str, Op] = {
-    "node": lambda c, stride: nn.Identity(), "output": lambda c, stride: nn.Identity(),  # a sum and nothing else
+    **dict.fromkeys(("node", "output"), lambda c, stride: nn.Identity()),  # a sum and nothing else
     "none": lambda c, stride: nn.Sequential(nn.AvgPool2d(1, stride), nn.Threshold(math.inf, 0)),  # zero
     "skip_connect": lambda c, stride: nn.Identity() if stride == 1 else FactorizedReduction(c, c),
     "avg_pool_3x3": lambda c, stride: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
-    "maxpool3x3": lambda c, stride: nn.MaxPool2d(3, stride, 1),
-    "max_pool_3x3": lambda c, stride: nn.MaxPool2d(3, stride, 1),
+    **dict.fromkeys(("max_pool_3x3", "maxpool3x3"), lambda c, stride: nn.MaxPool2d(3, stride, 1)),
     "max_pool_5x5": lambda c, stride: nn.MaxPool2d(5, stride, 2),
     "max_pool_7x7": lambda c, stride: nn.MaxPool2d(7, stride, 3),
     "conv1x1-bn-relu": lambda c, stride: conv_bn_relu(c, c, 1, stride),
     "conv3x3-bn-relu": lambda c, stride: conv_bn_relu(c, c, 3, stride),
-    "conv_1x1": relu_conv(1), "conv_3x3": relu_conv(3),
+    "conv_1x1": lambda c, stride: relu_bn(conv(c, c, 1, stride)),
+    "conv_3x3": lambda c, stride: relu_bn(conv(c, c, 3, stride)),
     "conv_3x1_1x3": factorized(3), "conv_7x1_1x7": factorized(7),
-    "sep_conv_3x3": twice(separable(3)), "sep_conv_5x5": twice(separable(5)), "sep_conv_7x7": twice(separable(7)),
-    "dil_conv_3x3": separable(3, dilation=2), "dil_conv_5x5": separable(5, dilation=2),
-    "dil_sep_conv_3x3": twice(separable(3, dilation=2)),
+    "sep_conv_3x3": separable(3), "sep_conv_5x5": separable(5), "sep_conv_7x7": separable(7),
+    "dil_conv_3x3": separable(3, dilation=2, times=1), "dil_conv_5x5": separable(5, dilation=2, times=1),
+    "dil_sep_conv_3x3": separable(3, dilation=2),
 }
 
 
@@ -228,9 +152,9 @@ TRIES = 1000  # of a mutation, before an architecture counts as one without neig
 class SearchSpace:
     """Mutation, reading and counting, for a space that has
 
-    neighbour(arch, rng) -> arch    a valid arch that differs in one choice, whatever its key
+    neighbour(arch, rng) -> arch    a valid arch that differs in one choice, if the draw makes one, whatever its key
     graph(arch) -> Graph            the live, canonical one, which `key` spells; or a `key` of its own
-    read(text) -> arch              `parse` without a message: any of the usual exceptions for malformed text
+    read(text) -> arch              `parse`, whose ValueError names the wrong part alone
     build(arch, whole=False)        `whole`: the benchmark's own network, dead operations and classifier included
     """
     name: str
@@ -242,9 +166,13 @@ class SearchSpace:
     def parse(self, text: str) -> Any:
         try:
             return self.read(text.strip())
-        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError,
-                ValueError):
-            raise ValueError(f"not a network of {self.name}: {text.strip()[:60]!r}; expected {self.spelling}") from None
+        except KeyError as error:
+            wrong = f"no {error}"
+        except ValueError as error:
+            wrong = str(error)
+        except (AttributeError, IndexError, MemoryError, RecursionError, TypeError):  # nothing like an architecture
+            wrong = repr(text.strip()[:60])
+        raise ValueError(f"not a network of {self.name}: {wrong}; expected {self.spelling}")
 
     def mutate(self, arch: Any, rng: random.Random) -> Any:
         key = self.key(arch)
@@ -264,7 +192,7 @@ class SearchSpace:
 
     @lru_cache(4096)
     def flops(self, arch: Any) -> int:
-        """Floating-point operations of one image's forward pass, as torch counts them: a multiply-add is two."""
+        """Return the operations of one image's forward pass, as torch counts them: a multiply-add is two."""
         with torch.device("meta"):
             network, image = self.build(arch, whole=True).eval(), torch.empty(1, 3, self.side, self.side)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -283,9 +211,8 @@ class Stages(nn.Sequential):
     def forward(self, x: Tensor) -> list[Tensor]:
         taps = []
         for stage in self:
-            _, *maps = accumulate(stage if self.all_blocks else [stage], lambda x, block: block(x), initial=x)
-            taps.append(torch.cat(maps, 1) if len(maps) > 1 else maps[0])
-            x = maps[-1]
+            maps = [x := block(x) for block in stage]
+            taps.append(torch.cat(maps, 1) if self.all_blocks else x)
         return taps[-3:]
 
 
@@ -302,13 +229,9 @@ class Classifier(nn.Sequential):
 
 
 def normal_init(module: nn.Module) -> None:
-    """A convolution normal with variance 2 / (k k out), as in NAS-Bench-101's and the NDS residual networks."""
+    """Draw a convolution normal with variance 2 / (k k out), as in NAS-Bench-101 and the NDS residual networks."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def replaced(values: tuple, place: int, value: Any) -> tuple:
@@ -319,9 +242,134 @@ def another(values: Iterable, value: Any, rng: random.Random) -> Any:
     return rng.choice([v for v in values if v != value])
 
 
-def require(*conditions: Any) -> None:
-    if not all(conditions):
-        raise ValueError
+def require(right: bool, wrong: str, *expected: Any) -> None:
+    """Raise ValueError, which names what is wrong and what would be right, unless it is right."""
+    if not right:
+        raise ValueError(wrong + f", expected one of {', '.join(map(str, expected))}" * bool(expected))
+
+
+def require_end(text: str) -> None:
+    require(not text.strip(), f"text after the architecture: {text.strip()!r:.60}")
+
+
+def literal(text: str) -> Any:
+    """Return the value that text spells, up to where its first bracket closes, in JSON or in Python; range(a, b) is a
+    list, Genotype(...) a dict. ValueError for another text, and for what follows."""
+    depths = accumulate((c in "([{") - (c in ")]}") for c in text)
+    end = next((i for i, (c, depth) in enumerate(zip(text, depths), 1) if c in ")]}" and depth == 0), 0)
+    require(end > 0, f"no closing bracket: {text!r:.60}")
+    require_end(text[end:])
+    try:
+        return json.loads(text[:end])
+    except ValueError:
+        ranges = r"(list\()?range\((\d), *(\d)\)(?(1)\))"
+        text = re.sub(ranges, lambda found: str([*range(int(found[2]), int(found[3]))]), text[:end])
+    try:
+        value = ast.parse(text, mode="eval").body
+        if not isinstance(value, ast.Call):
+            return ast.literal_eval(value)
+        fields = dict(zip(Genotype._fields, value.args)) | {word.arg: word.value for word in value.keywords}
+        return {name: ast.literal_eval(field) for name, field in fields.items()}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"neither JSON nor Python: {text!r:.60}") from None
+
+
+# ---------------------------------------------------------------------------------------------------- NAS-Bench-201
+class NB201(SearchSpace):
+    """NAS-Bench-201 (Dong and Yang, ICLR 2020): 15,625 cells of 4 nodes. An arch is the operations on a cell's EDGES.
+    A stem, three stages of five cells; between stages a residual block halves the map and doubles the channels."""
+    name, task = "nb201", "nb101"
+    OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")  # numbered as in the authors' files
+    NAMES, NUMBERS = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|", "[[{}],[{},{}],[{},{},{}]]"  # the two spellings
+    spelling = f"{NAMES} or {NUMBERS}, each {{}} one of {', '.join(OPS)} or its number 0 to 4"
+    EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
+
+    # Recorded test accuracies on CIFAR-10, in %: of 600 cells drawn at random, sorted by accuracy, the 16th and every
+    # 30th after it, every other one first. A cell is written as the numbers of its operations.
+    ACCURACIES = {
+        "441004": 67.27, "143110": 83.46, "141234": 87.2067, "131020": 88.7767, "201110": 89.6367, "032042": 90.94,
+        "044322": 91.71, "333022": 92.1333, "324431": 92.46, "312213": 93.13, "200404": 76.0233, "314144": 86.6633,
+        "410113": 88.32, "124201": 89.0467, "404222": 90.1367, "420213": 91.3733, "300340": 91.98, "011322": 92.26,
+        "202330": 92.7133, "340133": 93.64,
+    }
+
+    def __init__(self, width: int = 16, cells: int = 5, all_blocks: bool = False):
+        self.width, self.cells, self.all_blocks = width, cells, all_blocks
+        self.labels = [(tuple(self.OPS[int(i)] for i in cell), value) for cell, value in self.ACCURACIES.items()]
+
+    def random(self, rng: random.Random) -> tuple[str, ...]:
+        return tuple(rng.choice(self.OPS) for _ in self.EDGES)
+
+    def neighbour(self, arch: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
+        edge = rng.randrange(len(arch))
+        return replaced(arch, edge, another(self.OPS, arch[edge], rng))
+
+    def graph(self, arch: tuple[str, ...], whole: bool = False) -> Graph:
+        """Return the canonical graph of what has an effect, a skip resolved to what it carries (`whole`: of all)."""
+        graph = [Vertex("input")]
+        nodes: list[tuple[int, ...]] = [(0,), (), (), ()]  # the vertices whose sum a node is
+        for (source, target), op in zip(self.EDGES, arch):
+            if op == "skip_connect" and not whole:
+                nodes[target] += nodes[source]
+            elif whole or op != "none" and nodes[source]:
+                nodes[target] += (len(graph),)
+                graph.append(Vertex(op, nodes[source]))
+        graph.append(Vertex("output", nodes[3]))
+        return tuple(graph) if whole else canonical(live(graph))
+
+    def read(self, text: str) -> tuple[str, ...]:
+        text = "".join(text.split())
+        named = text.startswith("|")
+        pattern = re.escape(self.NAMES if named else self.NUMBERS).replace(r"\{\}", r"(\w+)")
+        ops, found = dict(zip(self.OPS if named else "01234", self.OPS)), re.match(pattern, text)
+        for op in found.groups():
+            require(op in ops, f"op {op!r}")
+        require_end(text[found.end():])
+        return tuple(ops[op] for op in found.groups())
+
+    def format(self, arch: tuple[str, ...]) -> str:
+        return self.NAMES.format(*arch)
+
+    def build(self, arch: tuple[str, ...], whole: bool = False) -> nn.Module:
+        """Unless `whole`, the cells' batch norms neither learn nor remember, as in the code of GenNAS's authors."""
+        graph = self.graph(arch, whole)
+        width, cells = (16, 5) if whole else (self.width, self.cells)
+        if not graph[-1].inputs:
+            return Nothing(width)
+        norm = {} if whole else {"affine": False, "track_running_stats": False}
+        entries = [conv_bn(3, width, 3)]
+        for c in (width, 2 * width):
+            body = nn.Sequential(relu_bn(conv(c, 2 * c, 3, stride=2)), relu_bn(conv(2 * c, 2 * c, 3)))
+            entries.append(Sum(body, nn.Sequential(nn.AvgPool2d(2), conv(c, 2 * c, 1))))
+        network = Stages(all_blocks=self.all_blocks)
+        for entry, c in zip(entries, (width, 2 * width, 4 * width)):
+            first, *others = (NB201Cell(graph, c, norm) for _ in range(cells))
+            network.append(nn.Sequential(nn.Sequential(entry, first), *others))
+        return Classifier(network, 4 * width, tail=(nn.BatchNorm2d(4 * width), nn.ReLU())) if whole else network
+
+
+class NB201Cell(nn.Module):
+    """A NAS-Bench-201 cell: a module for each vertex of its graph."""
+
+    def __init__(self, graph: Graph, width: int, norm: dict[str, bool]):
+        super().__init__()
+        self.graph = graph
+        self.ops = nn.ModuleList(relu_bn(conv(width, width, int(op[-1])), **norm) if "conv" in op else OPS[op](width, 1)
+                                 for op, _ in graph[1:])
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        return run_graph(self.graph, self.ops, [x])[-1]
+
+
+class Nothing(nn.Module):
+    """A dead network: its taps are zero."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x.new_zeros(len(x), self.width << i, x.shape[2] >> i, x.shape[3] >> i) for i in range(3)]
 
 
 # ---------------------------------------------------------------------------------------------------- NAS-Bench-101
@@ -336,8 +384,8 @@ class NB101(SearchSpace):
     name = task = "nb101"
     OPS = "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3"
     VERTICES, MOST_EDGES = 7, 9
-    spelling = ("[matrix, ops] as JSON: an upper-triangular 0/1 matrix of 2 to 7 vertices with a path from the first "
-                f"to the last and at most 9 edges; ops input, then {', '.join(OPS)}, then output")
+    spelling = ("[matrix, ops], an upper-triangular 0/1 matrix of 2 to 7 vertices and ops input, then "
+                f"{', '.join(OPS)}, then output")
 
     def __init__(self, width: int = 16, cells: int = 3, all_blocks: bool = False):
         self.width, self.cells, self.all_blocks = width, cells, all_blocks
@@ -347,7 +395,7 @@ class NB101(SearchSpace):
         while True:
             matrix = tuple(tuple(rng.randint(0, 1) if j > i else 0 for j in range(n)) for i in range(n))
             arch = NB101Cell(matrix, ("input", *(rng.choice(self.OPS) for _ in range(n - 2)), "output"))
-            if self.valid(arch):
+            if 0 < self.edges(arch) <= self.MOST_EDGES:
                 return arch
 
     def neighbour(self, arch: NB101Cell, rng: random.Random) -> NB101Cell:
@@ -356,19 +404,17 @@ class NB101(SearchSpace):
         old_ops = *arch.ops[1:-1], *(rng.choice(self.OPS) for _ in range(missing))  # vertices without edges
         rows = [[*row[:-1], *[0] * missing, row[-1]] for row in arch.matrix]
         rows[-1:-1] = [[0] * n] * missing
-        while True:
-            matrix = tuple(tuple(rows[i][j] ^ (j > i and rng.random() < 1 / n) for j in range(n)) for i in range(n))
-            ops = (another(self.OPS, op, rng) if rng.random() < 1 / 5 else op for op in old_ops)
-            child = NB101Cell(matrix, ("input", *ops, "output"))
-            if self.valid(child):
-                return child
+        matrix = tuple(tuple(rows[i][j] ^ (j > i and rng.random() < 1 / n) for j in range(n)) for i in range(n))
+        ops = (another(self.OPS, op, rng) if rng.random() < 1 / 5 else op for op in old_ops)
+        child = NB101Cell(matrix, ("input", *ops, "output"))
+        return child if 0 < self.edges(child) <= self.MOST_EDGES else arch
 
-    def valid(self, arch: NB101Cell) -> bool:
-        graph = self.graph(arch, whole=True)
-        return bool(graph[-1].inputs) and sum(len(vertex.inputs) for vertex in graph) <= self.MOST_EDGES
+    def edges(self, arch: NB101Cell) -> int:
+        """Return the number of edges on paths from the input to the output."""
+        return sum(len(vertex.inputs) for vertex in self.graph(arch, whole=True))
 
     def graph(self, arch: NB101Cell, whole: bool = False) -> Graph:
-        """The vertices on a path from the input to the output (`whole`: these too, but in the order given)."""
+        """Return the vertices on a path from the input to the output (`whole`: these too, but in the order given)."""
         graph, place = [Vertex("input")], {0: 0}
         for j, op in enumerate(arch.ops[1:], start=1):
             inputs = tuple(place[i] for i in range(j) if arch.matrix[i][j] and i in place)
@@ -378,12 +424,24 @@ class NB101(SearchSpace):
         return live(graph) if whole else canonical(live(graph))
 
     def read(self, text: str) -> NB101Cell:
-        matrix, ops = json.loads(text)
-        require(2 <= len(ops) <= self.VERTICES, [len(row) for row in matrix] == [len(ops)] * len(ops))
-        require(ops[0] == "input", ops[-1] == "output", set(ops[1:-1]) <= set(self.OPS))
-        require(all(type(x) is int and x in (0, j > i) for i, row in enumerate(matrix) for j, x in enumerate(row)))
-        arch = NB101Cell(tuple(map(tuple, matrix)), tuple(ops))
-        require(self.valid(arch))
+        match literal(text):
+            case ([matrix, ops] | {"matrix": matrix, "ops": ops}
+                  | {"module_adjacency": matrix, "module_operations": ops}):
+                n = len(ops)
+            case _:
+                raise TypeError
+        require(2 <= n <= self.VERTICES, f"{n} vertices, expected 2 to {self.VERTICES}")
+        require([len(row) for row in matrix] == [n] * n, f"matrix of {len(matrix)} rows, expected {n} x {n} as of ops")
+        require((ops[0], ops[-1]) == ("input", "output"), f"ops from {ops[0]!r} to {ops[-1]!r}")
+        for op in ops[1:-1]:
+            require(op in self.OPS, f"op {op!r}")
+        for (i, row), j in product(enumerate(matrix), range(n)):
+            right = row[j] in (0, int(j > i))
+            require(right, f"value {row[j]} in row {i}, column {j}, expected {'0 or 1' if j > i else '0'}")
+        arch = NB101Cell(tuple(tuple(map(int, row)) for row in matrix), tuple(ops))
+        edges = self.edges(arch)
+        require(0 < edges, "no path from the first vertex to the last")
+        require(edges <= self.MOST_EDGES, f"{edges} edges, at most {self.MOST_EDGES}")
         return arch
 
     def format(self, arch: NB101Cell) -> str:
@@ -427,100 +485,6 @@ class NB101Block(nn.Module):
         return joined + self.projections[-1](x) if self.projections[-1] else joined
 
 
-# ---------------------------------------------------------------------------------------------------- NAS-Bench-201
-class NB201(SearchSpace):
-    """NAS-Bench-201 (Dong and Yang, ICLR 2020): 15,625 cells of 4 nodes. An arch is the operations on a cell's EDGES.
-    A stem, three stages of five cells; between stages a residual block halves the map and doubles the channels."""
-    name, task = "nb201", "nb101"
-    OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")  # numbered as in the authors' files
-    NAMES, NUMBERS = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|", "[[{}],[{},{}],[{},{},{}]]"  # the two spellings
-    spelling = f"{NAMES} or {NUMBERS}, each {{}} one of {', '.join(OPS)} or its number 0 to 4"
-    EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
-
-    # Recorded test accuracies on CIFAR-10, in %: of 600 cells drawn at random, sorted by accuracy, the 16th and every
-    # 30th after it, every other one first. A cell is written as the numbers of its operations.
-    ACCURACIES = {
-        "441004": 67.27, "143110": 83.46, "141234": 87.2067, "131020": 88.7767, "201110": 89.6367, "032042": 90.94,
-        "044322": 91.71, "333022": 92.1333, "324431": 92.46, "312213": 93.13, "200404": 76.0233, "314144": 86.6633,
-        "410113": 88.32, "124201": 89.0467, "404222": 90.1367, "420213": 91.3733, "300340": 91.98, "011322": 92.26,
-        "202330": 92.7133, "340133": 93.64,
-    }
-
-    def __init__(self, width: int = 16, cells: int = 5, all_blocks: bool = False):
-        self.width, self.cells, self.all_blocks = width, cells, all_blocks
-        self.labels = [(tuple(self.OPS[int(i)] for i in cell), value) for cell, value in self.ACCURACIES.items()]
-
-    def random(self, rng: random.Random) -> tuple[str, ...]:
-        return tuple(rng.choice(self.OPS) for _ in self.EDGES)
-
-    def neighbour(self, arch: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
-        edge = rng.randrange(len(arch))
-        return replaced(arch, edge, another(self.OPS, arch[edge], rng))
-
-    def graph(self, arch: tuple[str, ...], whole: bool = False) -> Graph:
-        """The canonical graph of what has an effect, skips resolved to what they carry (`whole`: every operation)."""
-        graph = [Vertex("input")]
-        nodes: list[tuple[int, ...]] = [(0,), (), (), ()]  # the vertices whose sum a node is
-        for (source, target), op in zip(self.EDGES, arch):
-            if op == "skip_connect" and not whole:
-                nodes[target] += nodes[source]
-            elif whole or op != "none" and nodes[source]:
-                nodes[target] += (len(graph),)
-                graph.append(Vertex(op, nodes[source]))
-        graph.append(Vertex("output", nodes[3]))
-        return tuple(graph) if whole else canonical(live(graph))
-
-    def read(self, text: str) -> tuple[str, ...]:
-        named = text[0] == "|"
-        pattern = re.escape(self.NAMES if named else self.NUMBERS).replace(r"\{\}", r"(\w+)")
-        ops = dict(zip(self.OPS if named else "01234", self.OPS))
-        return tuple(ops[op] for op in re.fullmatch(pattern, "".join(text.split())).groups())
-
-    def format(self, arch: tuple[str, ...]) -> str:
-        return self.NAMES.format(*arch)
-
-    def build(self, arch: tuple[str, ...], whole: bool = False) -> nn.Module:
-        """Unless `whole`, the cells' batch norms neither learn nor remember, as in the code of GenNAS's authors."""
-        graph = self.graph(arch, whole)
-        width, cells = (16, 5) if whole else (self.width, self.cells)
-        if not graph[-1].inputs:
-            return Nothing(width)
-        norm = {} if whole else {"affine": False, "track_running_stats": False}
-        entries = [conv_bn(3, width, 3)]
-        for c in (width, 2 * width):
-            body = nn.Sequential(relu_bn(conv(c, 2 * c, 3, stride=2)), relu_bn(conv(2 * c, 2 * c, 3)))
-            entries.append(Sum(body, nn.Sequential(nn.AvgPool2d(2), conv(c, 2 * c, 1))))
-        network = Stages(all_blocks=self.all_blocks)
-        for entry, c in zip(entries, (width, 2 * width, 4 * width)):
-            first, *others = (NB201Cell(graph, c, norm) for _ in range(cells))
-            network.append(nn.Sequential(nn.Sequential(entry, first), *others))
-        return Classifier(network, 4 * width, tail=(nn.BatchNorm2d(4 * width), nn.ReLU())) if whole else network
-
-
-class NB201Cell(nn.Module):
-    """A NAS-Bench-201 cell, a module for each vertex of its graph."""
-
-    def __init__(self, graph: Graph, width: int, norm: dict[str, bool]):
-        super().__init__()
-        self.graph = graph
-        self.ops = nn.ModuleList(relu_bn(conv(width, width, int(op[-1])), **norm) if "conv" in op else OPS[op](width, 1)
-                                 for op, _ in graph[1:])
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        return run_graph(self.graph, self.ops, [x])[-1]
-
-
-class Nothing(nn.Module):
-    """A dead network: its taps are zero."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [x.new_zeros(len(x), self.width << i, x.shape[2] >> i, x.shape[3] >> i) for i in range(3)]
-
-
 # -------------------------------------------------------------------------------------------------- NAS-Bench-Macro
 class NBMacro(SearchSpace):
     """NAS-Bench-Macro (Su et al., CVPR 2021): 6,561 networks of 8 layers. An arch is their digits: 0 identity, 1 and 2
@@ -528,7 +492,7 @@ class NBMacro(SearchSpace):
     regressing) and doubles the channels."""
     name, task = "nbmacro", "combo"
     STAGES = (0, 2), (2, 5), (5, 8)
-    spelling = "8 digits, each 0, 1 or 2"
+    spelling = "8 digits, each 0, 1 or 2, or a list of them"
     BLOCKS = {"1": (3, 3), "2": (5, 6)}  # kernel, expansion
 
     def __init__(self, width: int = 32, all_blocks: bool = False):
@@ -546,7 +510,14 @@ class NBMacro(SearchSpace):
         return " ".join(arch[start] + arch[start + 1:end].replace("0", "") for start, end in self.STAGES)
 
     def read(self, text: str) -> str:
-        return re.fullmatch('("?)([012]{8})\\1', text)[2]
+        if text.startswith("["):
+            text = "".join(map(str, literal(text)))
+        digits, _, rest = text.strip("\"'").partition(" ")
+        for digit in digits:
+            require(digit in "012", f"digit {digit!r}")
+        require(len(digits) == 8, f"{len(digits)} digits, expected 8")
+        require_end(rest)
+        return digits
 
     def format(self, arch: str) -> str:
         return arch
@@ -599,8 +570,7 @@ CELL_SPACES = {  # nodes of a cell; whether the output has only the loose ends, 
 
 class Cells(SearchSpace):
     """The cell spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`), width and depth free or fixed.
-    The ImageNet network's values are those of its records; the CIFAR network's could not be compared with records. The
-    network to regress with has a `shrink`-th of the channels."""
+    The network to regress with has a `shrink`-th of the channels."""
     task = "darts"
     MACRO = {  # imagenet -> widths, depths, fixed width and depth; the fixed CIFAR ones are a choice made here
         False: ((16, 24, 32), (4, 8, 12, 16, 20), (16, 20)),
@@ -615,21 +585,20 @@ class Cells(SearchSpace):
         self.widths, self.depths, self.default = self.MACRO[imagenet]
         if fixed:
             self.widths, self.depths = self.default[:1], self.default[1:]
-        self.spelling = (
-            "an NDS net dict or Genotype(normal=..., normal_concat=..., reduce=..., reduce_concat=...) with "
-            f"{self.nodes} nodes of two (op, input), ops among {', '.join(self.ops)}, the concat "
-            f"{'the loose ends' if self.loose_ends else 'all nodes'}; width in {self.widths}, depth in {self.depths}")
+        self.spelling = ("an NDS net dict or Genotype(normal=..., normal_concat=..., reduce=..., reduce_concat=...), "
+                         f"{self.nodes} nodes of two (op, input), ops {', '.join(self.ops)}")
 
     def random(self, rng: random.Random) -> CellNet:
-        def cell() -> tuple[tuple[str, int], ...]:
-            return tuple((rng.choice(self.ops), rng.randrange(2 + i // 2)) for i in range(2 * self.nodes))
-        return CellNet(self.genotype(cell(), cell()), rng.choice(self.widths), rng.choice(self.depths))
+        normal, reduce = (tuple((rng.choice(self.ops), rng.randrange(2 + i // 2)) for i in range(2 * self.nodes))
+                          for _ in range(2))
+        return CellNet(self.genotype(normal, reduce), rng.choice(self.widths), rng.choice(self.depths))
 
     def genotype(self, normal: tuple, reduce: tuple) -> Genotype:
-        def concat(pairs: tuple) -> tuple[int, ...]:
-            fed = {source for _, source in pairs} if self.loose_ends else ()
-            return tuple(node for node in range(2, 2 + self.nodes) if node not in fed)
-        return Genotype(normal, concat(normal), reduce, concat(reduce))
+        return Genotype(normal, self.concat(normal), reduce, self.concat(reduce))
+
+    def concat(self, pairs: tuple) -> tuple[int, ...]:
+        fed = {source for _, source in pairs} if self.loose_ends else ()
+        return tuple(node for node in range(2, 2 + self.nodes) if node not in fed)
 
     def neighbour(self, arch: CellNet, rng: random.Random) -> CellNet:
         """Another operation or another input in one place, or another width or depth."""
@@ -644,8 +613,8 @@ class Cells(SearchSpace):
         return arch._replace(genotype=self.genotype(*cells))
 
     def graphs(self, arch: CellNet, whole: bool = False) -> list[Graph]:
-        """Return the canonical graphs of the normal and of the reduction cell (`whole`: every operation, in order). A skip
-        is resolved to what it carries, except a strided one, which is an operation; a sum of nothing is zero."""
+        """Return the canonical graphs of the normal and of the reduction cell (`whole`: every operation, in order). A
+        skip is resolved to what it carries, except a strided one, which is an operation; a sum of nothing is zero."""
         graphs = []
         for reduction, (pairs, concat) in enumerate((arch.genotype[:2], arch.genotype[2:])):
             graph = [Vertex("input 0"), Vertex("input 1")]
@@ -672,28 +641,29 @@ class Cells(SearchSpace):
         return "|".join([*map(spell, self.graphs(arch)), str(arch.width), str(arch.depth)])
 
     def read(self, text: str) -> CellNet:
-        """From an NDS net dict, or from the text `Genotype(...)`, which has the fixed width and depth."""
-        if text.startswith("{"):
-            net = json.loads(text)
-            genotype, width, depth = net["genotype"], net["width"], net["depth"]
-        else:
-            text = re.sub(r"range\((\d), ?(\d)\)", lambda found: str([*range(int(found[1]), int(found[2]))]), text)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python's own, of odd literals
-                call = ast.parse(text, mode="eval").body
-            require(call.func.id == "Genotype", not call.args)
-            genotype = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-            width, depth = self.default
-        require(type(width) is type(depth) is int, width in self.widths, depth in self.depths)
-        cells = [tuple((op, source) for op, source in genotype[cell]) for cell in ("normal", "reduce")]
-        for pairs in cells:
-            require(len(pairs) == 2 * self.nodes)
-            require(all(op in self.ops and type(source) is int for op, source in pairs))
-            require(all(0 <= source < 2 + i // 2 for i, (_, source) in enumerate(pairs)))
+        """Read an NDS net dict, or what ends in Genotype(...), which has the fixed width and depth."""
+        net = literal(text[max(text.find("Genotype("), 0):])
+        if "Genotype(" in text:
+            net = {"genotype": net, **dict(zip(("width", "depth"), self.default))}
+        genotype, width, depth = net["genotype"], net["width"], net["depth"]
+        require(width in self.widths, f"width {width}", *self.widths)
+        require(depth in self.depths, f"depth {depth}", *self.depths)
+        cells = [self.read_pairs(name, genotype[name]) for name in ("normal", "reduce")]
         arch = CellNet(self.genotype(*cells), width, depth)
-        for cell in ("normal_concat", "reduce_concat"):
-            require(sorted(genotype[cell]) == [*getattr(arch.genotype, cell)])
+        for name in ("normal_concat", "reduce_concat"):
+            right = [*getattr(arch.genotype, name)]
+            require(sorted(genotype[name]) == right, f"{name} {genotype[name]}, expected {right}")
         return arch
+
+    def read_pairs(self, name: str, pairs: list) -> tuple[tuple[str, int], ...]:
+        if pairs and not isinstance(pairs[0][0], str):  # a list for each node
+            pairs = [pair for node in pairs for pair in node]
+        require(len(pairs) == 2 * self.nodes, f"{len(pairs)} (op, input) in {name}, expected {2 * self.nodes}")
+        for i, (op, source) in enumerate(pairs):
+            require(op in self.ops, f"op {op!r} in {name}")
+            node = 2 + i // 2
+            require(source in range(node), f"input {source!r} of node {node} in {name}", *range(node))
+        return tuple(map(tuple, pairs))
 
     def format(self, arch: CellNet) -> str:
         return str(arch.genotype) if self.fixed else json.dumps(arch._asdict() | {"genotype": arch.genotype._asdict()})
@@ -719,6 +689,7 @@ class CellNetwork(nn.Module):
             self.stem = nn.ModuleList([first, relu_bn(conv(width, width, 3, stride))])
         else:
             self.stem = nn.ModuleList([conv_bn(3, 3 * width, 3), nn.Identity()])
+
         reductions = depth // 3, 2 * depth // 3
         self.taps = *(i - 1 for i in reductions), depth - 1
         self.cells = nn.ModuleList()
@@ -731,7 +702,7 @@ class CellNetwork(nn.Module):
             c_before, c_last, last_reduced = c_last, width * len(graphs[reduction][-1].inputs), reduction
         self.out_width = c_last
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # (B, 3, H, W)
+    def forward(self, x: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three taps
         before = self.stem[0](x)
         last = self.stem[1](before)
         taps, maps = [], []
@@ -755,7 +726,7 @@ class TwoInputCell(nn.Module):
         self.ops = nn.ModuleList(OPS[op](width, 2 if reduction and max(inputs) < 2 else 1)
                                  for op, inputs in graph[2:-1])
 
-    def forward(self, before: Tensor, last: Tensor) -> Tensor:  # (B, c_before, ...), (B, c_last, H, W)
+    def forward(self, before: Tensor, last: Tensor) -> Tensor:  # -> (B, nodes * width, H, W)
         maps = run_graph(self.graph, self.ops, [self.prepare[0](before), self.prepare[1](last)])
         return torch.cat([maps[j] for j in self.graph[-1].inputs], 1)
 
@@ -764,10 +735,10 @@ class TwoInputCell(nn.Module):
 class ResidualNet(NamedTuple):
     """An NDS net dict, one entry a stage; the first entry of each list is the stem's."""
     block_type: str
-    ds: tuple[int, ...]  # blocks
+    ds: tuple[int, ...]  # blocks; the stem's entry is not used
     ws: tuple[int, ...]  # widths
     ss: tuple[int, ...]  # strides
-    bot_muls: tuple[float, ...]  # bottleneck width over width; empty but for res_bottleneck_block
+    bot_muls: tuple[float, ...]  # bottleneck width over width; empty but for res_bottleneck_block; the stem's not used
     num_gs: tuple[int, ...]  # groups of the 3x3 convolution, likewise
 
 
@@ -785,17 +756,6 @@ STEMS: dict[int, Callable[[int, int], list[nn.Module]]] = {
 }
 
 
-def residual_block(kind: str, c_in: int, c: int, stride: int, mid: int, groups: int) -> nn.Module:
-    """A block of the `block_type` kind, without the ReLU after it; `mid`: the bottleneck's width."""
-    if kind == "res_bottleneck_block":
-        body = nn.Sequential(conv_bn_relu(c_in, mid, 1), conv_bn_relu(mid, mid, 3, stride, groups), conv_bn(mid, c, 1))
-    else:
-        body = nn.Sequential(conv_bn_relu(c_in, c, 3, stride), conv_bn(c, c, 3))
-    if kind == "double_plain_block":
-        return body
-    return Sum(body, nn.Identity() if stride == 1 and c_in == c else conv_bn(c_in, c, 1, stride))
-
-
 class Residual(SearchSpace):
     """The residual spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`). The blocks of the network
     to regress with have a `shrink`-th of the channels, but of their groups at least one each."""
@@ -808,10 +768,8 @@ class Residual(SearchSpace):
         self.blocks = ("res_basic_block", "double_plain_block") if self.plain else ("res_bottleneck_block",)
         self.strides = (1, 1, 2, 2) if not imagenet else (4, 1, 2, 2, 2) if self.plain else (8, 1, 2, 2)
         self.stem = {"ds": 1, "ws": 64 if imagenet and not self.plain else 16, "bot_muls": 1.0, "num_gs": 1}
-        allowed = (f"{field} {f'up to {max(values)}' if self.plain else f'of {values}'}" if values else f"{field} empty"
-                   for field, values in self.choices.items())
-        self.spelling = (f"an NDS net dict as JSON: block_type {' or '.join(self.blocks)}, ss {list(self.strides)}, as "
-                         f"many {', '.join(allowed)}; the first entry is the stem's")
+        self.spelling = (f"an NDS net dict, block_type {' or '.join(self.blocks)}, ss {list(self.strides)}, and "
+                         f"{', '.join(self.choices)}, the first entry of each the stem's")
 
     def random(self, rng: random.Random) -> ResidualNet:
         """Uniform; ResNet's blocks and widths log-uniform. Of the block types, the first."""
@@ -829,7 +787,7 @@ class Residual(SearchSpace):
         return arch._replace(**{field: replaced(values, stage, another(self.choices[field], values[stage], rng))})
 
     def stages(self, arch: ResidualNet) -> list[tuple]:
-        """Of each stage: blocks, width, stride, bottleneck width, groups; the last two 0 without bottlenecks."""
+        """Return of each stage: blocks, width, stride, bottleneck width, groups; the last two 0 without bottlenecks."""
         stages = zip(arch.ds, arch.ws, arch.ss, arch.bot_muls or repeat(0), arch.num_gs or repeat(0))
         return [(d, w, s, round(w * m), g) for d, w, s, m, g in stages][1:]
 
@@ -837,16 +795,21 @@ class Residual(SearchSpace):
         return json.dumps([arch.block_type, arch.ws[0], arch.ss[0], self.stages(arch)])
 
     def read(self, text: str) -> ResidualNet:
-        net = json.loads(text)
-        lists = {field: tuple(net[field]) for field in ("ss", *self.choices)}
-        require(net["block_type"] in self.blocks, lists["ss"] == self.strides)
+        """Read an NDS net dict; ResNet's numbers of blocks and widths need not be those that are drawn."""
+        net, lists = literal(text), {}
+        require(net["block_type"] in self.blocks, f"block_type {net['block_type']!r}")
+        require(net["ss"] == [*self.strides], f"ss {net['ss']}")
         for field, values in self.choices.items():
-            listed = lists[field]
-            require(len(listed) == (len(self.strides) if values else 0))
-            require(all(is_finite(value) if field == "bot_muls" else type(value) is int for value in listed))
-            require(all(0 < value <= max(values) for value in listed), self.plain or set(listed[1:]) <= set(values))
-        require(lists["ws"][0] > 1)  # a stem may halve it
-        return ResidualNet(net["block_type"], **lists | {"ss": self.strides})
+            lists[field] = tuple(net[field]) if values else ()  # plain blocks have no bottleneck
+            count = len(self.strides) if values else 0
+            require(len(lists[field]) == count, f"{len(lists[field])} {field}, expected {count}")
+            for stage, value in enumerate(lists[field]):
+                if stage == 0 and field != "ws":  # not used
+                    require(0 <= value < math.inf, f"{field} {value} of the stem, expected a number >= 0")
+                else:  # a stem may halve its width
+                    allowed = values if stage and not self.plain else range(1 if stage else 2, max(values) + 1)
+                    require(value in allowed, f"{field} {value} of stage {stage}, expected one of {allowed}")
+        return ResidualNet(net["block_type"], ss=self.strides, **lists)
 
     def format(self, arch: ResidualNet) -> str:
         return json.dumps(arch._asdict())
@@ -868,6 +831,17 @@ class Residual(SearchSpace):
         return network.apply(normal_init)
 
 
+def residual_block(kind: str, c_in: int, c: int, stride: int, mid: int, groups: int) -> nn.Module:
+    """Make a block of the `block_type` kind, without the ReLU after it; `mid`: the bottleneck's width."""
+    if kind == "res_bottleneck_block":
+        body = nn.Sequential(conv_bn_relu(c_in, mid, 1), conv_bn_relu(mid, mid, 3, stride, groups), conv_bn(mid, c, 1))
+    else:
+        body = nn.Sequential(conv_bn_relu(c_in, c, 3, stride), conv_bn(c, c, 3))
+    if kind == "double_plain_block":
+        return body
+    return Sum(body, nn.Identity() if stride == 1 and c_in == c else conv_bn(c_in, c, 1, stride))
+
+
 # ---------------------------------------------------------------------------------------------------- NAS-Bench-NLP
 class Node(NamedTuple):
     name: str
@@ -885,10 +859,9 @@ class NBNLP(SearchSpace):
     ARITY = {"linear": (2, 3), "blend": (3,), "elementwise_prod": (2,), "elementwise_sum": (2,),
              **dict.fromkeys(ACTIVATIONS, (1,))}
     WORDS = 10_000  # of the benchmark's vocabulary
-    MOST_NODES = 100  # that are read; the generator's recipes have at most 25
     flops = None  # they depend on the length of the sequence
-    spelling = ('a JSON object of nodes {name: {"op": ..., "input": [...]}}, at most 100, without a cycle, over x (of '
-                f"linear only) and h_prev_i, with h_new_0 and as many h_new as h_prev, ops {', '.join(ARITY)}")
+    spelling = ('the nodes {name: {"op": ..., "input": [...]}} over x and h_prev_i, up to h_new_i, ops '
+                f"{', '.join(ARITY)}")
 
     def __init__(self, widths: tuple[int, ...] = (400, 600, 600, 400), reservoir: bool = False):
         self.widths, self.reservoir = widths, reservoir
@@ -915,12 +888,12 @@ class NBNLP(SearchSpace):
                 return arch
 
     def sources(self, op: str, nodes: Iterable[Node], previous: list[str]) -> list[str]:
-        """What an operation may read: linear ones x, hidden states and activations; the others no x, but all nodes."""
+        """Return what an operation may read: linear ones x, hidden states, activations; others no x, but all nodes."""
         names = [node.name for node in nodes if op != "linear" or node.op in self.ACTIVATIONS]
         return ["x", *previous, *names] if op == "linear" else [*previous, *names]
 
     def reached(self, nodes: Iterable[Node], names: list[str], through_time: bool = False) -> list[str]:
-        """All that `names` depend on, in one step or, through the hidden states, over all steps."""
+        """Return all that `names` depend on, in one step or, through the hidden states, over all steps."""
         inputs = {node.name: node.inputs for node in nodes}
         if through_time:
             inputs |= {name.replace("new", "prev"): (name,) for name in inputs if name.startswith("h_new")}
@@ -930,11 +903,11 @@ class NBNLP(SearchSpace):
         return found
 
     def previous(self, arch: tuple[Node, ...]) -> list[str]:
-        """The previous hidden states, one for each new one."""
+        """Return the previous hidden states, one for each new one."""
         return [node.name.replace("new", "prev") for node in arch if node.name.startswith("h_new")]
 
     def valid(self, arch: tuple[Node, ...]) -> bool:
-        """As the benchmark's generator has it: everything used, no new hidden state that reads a previous one."""
+        """Tell whether everything is used and no new hidden state reads a previous one, as of the generator."""
         new = [node for node in arch if node.name.startswith("h_new")]
         used = self.reached(arch, [node.name for node in new])
         reads_previous = any(source.startswith("h_prev") for node in new for source in node.inputs)
@@ -947,27 +920,22 @@ class NBNLP(SearchSpace):
 
     def neighbour(self, arch: tuple[Node, ...], rng: random.Random) -> tuple[Node, ...]:
         """Another activation, a sum for a product or the reverse, or another input in one place."""
-        previous, asked = self.previous(arch), self.valid(arch)  # of a foreign recipe no more is asked than it has
-        for _ in range(TRIES):
-            place = rng.randrange(len(arch))
-            node = arch[place]
-            kin = next((ops for ops in self.KIN if node.op in ops), ())
-            if kin and (node.op in self.ACTIVATIONS or rng.random() < 0.5):
-                node = node._replace(op=another(kin, node.op, rng))
-            else:
-                unread = [source for source in self.sources(node.op, arch, previous)
-                          if source not in node.inputs and node.name not in self.reached(arch, [source])]  # no cycle
-                if not unread:
-                    continue
+        place = rng.randrange(len(arch))
+        node = arch[place]
+        kin = next((ops for ops in self.KIN if node.op in ops), ())
+        if kin and (node.op in self.ACTIVATIONS or rng.random() < 0.5):
+            node = node._replace(op=another(kin, node.op, rng))
+        else:
+            unread = [source for source in self.sources(node.op, arch, self.previous(arch))
+                      if source not in node.inputs and node.name not in self.reached(arch, [source])]  # no cycle
+            if unread:
                 node = node._replace(inputs=replaced(node.inputs, rng.randrange(len(node.inputs)), rng.choice(unread)))
-            child = replaced(arch, place, node)
-            if not asked or self.valid(child):
-                return child
-        raise ValueError(f"no neighbour was found of {self.format(arch)}")
+        child = replaced(arch, place, node)
+        return child if self.valid(child) else arch
 
     def graph(self, arch: tuple[Node, ...], whole: bool = False) -> Graph:
-        """The nodes that reach the output over time (`whole`: all) as vertices. The operands of a blend, which are not
-        alike, pass vertices of their own; a vertex "state" ties a new hidden state to the previous one."""
+        """Return the nodes that reach the output over time (`whole`: all) as vertices. The operands of a blend, which
+        differ, pass vertices of their own; a vertex "state" ties a new hidden state to the previous one."""
         used = self.reached(arch, ["h_new_0"], through_time=True)
         states = [i for i in range(len(self.previous(arch))) if whole or i == 0 or f"h_prev_{i}" in used]
         graph = [Vertex("input 0"), *(Vertex("input 2" if i else "input 1") for i in states)]  # x, h_prev_0, the others
@@ -987,19 +955,23 @@ class NBNLP(SearchSpace):
         return tuple(graph) if whole else canonical(tuple(graph))
 
     def read(self, text: str) -> tuple[Node, ...]:
-        """From a recipe, or a whole run log that has one."""
-        recipe = json.loads(text)
-        if "recepie" in recipe:  # the benchmark's own spelling
-            recipe = json.loads(recipe["recepie"])
-        arch = tuple(Node(name, node["op"], tuple(node["input"])) for name, node in recipe.items())
-        names = {node.name for node in arch}
-        new = sorted(name for name in names if name.startswith("h_new"))
-        require(len(arch) <= self.MOST_NODES, not any(name == "x" or name.startswith("h_prev") for name in names))
-        require(1 <= len(new) <= 3, new == [f"h_new_{i}" for i in range(len(new))])
-        known = {"x", *self.previous(arch), *names}
-        for _, op, inputs in arch:
-            require(len(inputs) == len(set(inputs)), len(inputs) in self.ARITY[op], set(inputs) <= known)
-            require(op == "linear" or "x" not in inputs)
+        """Read a recipe, or a whole run log that has one."""
+        nodes = literal(text)
+        if "recepie" in nodes:  # the benchmark's own spelling
+            nodes = literal(nodes["recepie"])
+        arch = tuple(Node(name, node["op"], tuple(node["input"])) for name, node in nodes.items())
+        new = sorted(name for name in nodes if name.startswith("h_new"))
+        require(new in (["h_new_0"], ["h_new_0", "h_new_1"], ["h_new_0", "h_new_1", "h_new_2"]),
+                f"new hidden states {new}, expected one to three, from h_new_0 up")
+        given = {"x", *self.previous(arch)}
+        for name, op, inputs in arch:
+            require(name not in given, f"node {name!r}, which is an input")
+            require(op in self.ARITY, f"op {op!r} of {name}")
+            count, right = " or ".join(map(str, self.ARITY[op])), len(set(inputs)) == len(inputs) in self.ARITY[op]
+            require(right, f"inputs {', '.join(inputs)} of {name}, {op}, expected {count} different ones")
+            for source in inputs:
+                right = source in nodes or source in given and (source != "x" or op == "linear")
+                require(right, f"input {source!r} of {name}, {op}")
         self.in_order(arch)  # a cycle is a ValueError
         return arch
 
@@ -1017,20 +989,13 @@ class NBNLP(SearchSpace):
         return nn.ModuleList([encoder, network, decoder])
 
 
-class RecurrentNetwork(nn.Module):
+class RecurrentNetwork(nn.Sequential):
     """Layers with locked dropout, one mask over time, after each: .25 between layers, .1 at the end."""
 
     def __init__(self, graph: Graph, widths: tuple[int, ...], reservoir: bool = False):
-        super().__init__()
+        drops = [0.25] * (len(widths) - 2) + [0.1]
+        super().__init__(*map(partial(RecurrentLayer, graph, reservoir), widths, widths[1:], drops))
         self.width = widths[0]
-        self.layers = nn.ModuleList(RecurrentLayer(graph, c_in, hidden, reservoir) for c_in, hidden in pairwise(widths))
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, widths[0]) -> (B, T, widths[-1])
-        for layer in self.layers:
-            x = layer(x)
-            drop = 0.1 if layer is self.layers[-1] else 0.25
-            x = x * F.dropout(torch.ones_like(x[:, :1]), drop, self.training)
-        return x
 
 
 class RecurrentLayer(nn.Module):
@@ -1042,9 +1007,9 @@ class RecurrentLayer(nn.Module):
         **dict.fromkeys(("blend 0", "blend 1", "blend 2"), lambda a: a), "state": lambda previous, new: None,
     }
 
-    def __init__(self, graph: Graph, c_in: int, hidden: int, reservoir: bool = False):
+    def __init__(self, graph: Graph, reservoir: bool, c_in: int, hidden: int, drop: float):
         super().__init__()
-        self.graph, self.hidden = graph, hidden
+        self.graph, self.hidden, self.drop = graph, hidden, drop
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         bound = 1 / math.sqrt(hidden)
         for i, (op, inputs) in enumerate(graph):
@@ -1079,7 +1044,8 @@ class RecurrentLayer(nn.Module):
                     values.append(self.OPS[op](*(values[j] for j in inputs)))
             hidden = [values[new] for _, new in states]
             outputs.append(hidden[0])
-        return torch.stack(outputs, 1)
+        mask = F.dropout(torch.ones_like(outputs[0]), self.drop, self.training)
+        return torch.stack(outputs, 1) * mask[:, None]
 
 
 # ------------------------------------------------------------------------------------------------- names and labels
@@ -1090,72 +1056,87 @@ SPACES: dict[str, Callable[..., SearchSpace]] = {
        if not fix or kind in ("darts", "enas", "pnas")},
     **{kind + end: partial(Residual, kind, end == "-in") for kind, end in product(RESIDUAL_SPACES, ("", "-in"))},
 }
-METHODS = "random", "mutate", "build", "key", "parse", "format", "params"
 
 
-def get(name: str, **sizes: int) -> Any:
-    """The search space of a `--space` name, made with the `sizes` that its class takes; or one of your own,
-    FILE.py:CLASS, made without. ValueError for an unknown name or a class that is not a search space."""
+def get(name: str, **sizes: Any) -> Any:
+    """Return the search space of a `--space` name, made with the `sizes` that its class takes; or one of your own,
+    FILE.py:CLASS, made without. ValueError for a name that is none; what FILE.py raises is its author's to read."""
     if name in SPACES:
         return SPACES[name](**sizes)
     path, _, cls = name.rpartition(":")
-    if not path.endswith(".py"):
-        raise ValueError(f"unknown space {name!r}; expected one of {', '.join(SPACES)}, or FILE.py:CLASS")
-    try:
-        spec = importlib.util.spec_from_file_location("own_space", path)
-        sys.modules["own_space"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-        spec.loader.exec_module(module)
-        space = getattr(module, cls)()
-    except (Exception, SystemExit) as error:  # the file can raise anything, and call sys.exit
-        raise ValueError(f"space {name}: {type(error).__name__}: {error}; expected the file and the name of a "
-                         "class") from None
-    absent = [method for method in METHODS if not hasattr(space, method)]
-    if absent:
-        raise ValueError(f"space {name}: has no {', '.join(absent)}; expected a class with {', '.join(METHODS)}")
-    return space
+    require(path.endswith(".py"), f"unknown space {name!r}", *SPACES, "FILE.py:CLASS")
+    spec = importlib.util.spec_from_file_location("own_space", path)
+    sys.modules["own_space"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    require(hasattr(module, cls), f"space {name!r}: no {cls!r} in {path}, expected the name of a class")
+    return getattr(module, cls)()
 
 
 def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
-    """The recorded values of architectures, [(arch, value)], higher = better, in file order.
+    """Return the recorded values of architectures, [(arch, value)], higher = better, in the order of the file.
 
-    From a JSON list of [arch, value], an arch in any spelling that `space.parse` reads, as text or as JSON; from an NDS
-    file, a list of records or {"top": records, "mid": records}, value = 100 - last test error; or from a folder of
-    NAS-Bench-NLP run logs, sorted by name, value = - lowest validation loss, failed runs left out with a warning.
-    ValueError for anything else or another space's architectures, OSError for a file that is not there.
+    It is a JSON list of [architecture, value], the former in any spelling that `space.parse` reads, as text or as JSON.
+    ValueError, with the entry, for anything else or another space's architectures.
     """
-    path, failed, labels = Path(path), 0, []
-    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"labels {file}: not JSON ({error})") from None
-        match content:
-            case {"recepie": _}:
-                content = [content]
-            case {"top": [*top], "mid": [*mid]}:
-                content = top + mid
-        for number, record in enumerate(content if isinstance(content, list) else [content]):
-            match record:
-                case [arch, value] if is_finite(value):
-                    pass
-                case {"net": arch, "test_ep_top1": [*_, error]} if is_finite(error):
-                    value = 100 - error
-                case {"recepie": arch, "status": status, "val_losses": [*losses]}:
-                    if status != "OK" or not any(map(is_finite, losses)):
-                        failed += 1
-                        continue
-                    value = -min(filter(is_finite, losses))
-                case _:
-                    raise ValueError(f"labels {file}, entry {number}: expected [architecture, number], an NDS record "
-                                     f"or a NAS-Bench-NLP run log, not {json.dumps(record)[:80]}")
-            try:
-                labels.append((space.parse(arch if isinstance(arch, str) else json.dumps(arch)), float(value)))
-            except ValueError as error:
-                raise ValueError(f"labels {file}, entry {number}: {error}") from None
-    if failed and labels:
-        with suppress(OSError):  # a full disk under stderr ends no run
-            print(f"labels {path}: {failed} of {failed + len(labels)} runs failed and are left out", file=sys.stderr)
-    if not labels:
-        raise ValueError(f"labels {path}: no entry that counts; expected a JSON list of [architecture, value], an NDS "
-                         "file, or a folder of run logs")
+    labels, where = [], " is no JSON list of [architecture, value]"
+    try:
+        entries = json.loads(Path(path).read_bytes())  # of bytes: with a byte-order mark or in UTF-16 too
+        require(isinstance(entries, list) and entries != [], json.dumps(entries)[:60])
+        for number, entry in enumerate(entries):
+            where, pair = "", isinstance(entry, list) and len(entry) == 2
+            require(pair, f"entry {number} is {json.dumps(entry):.60}, expected [architecture, value]")
+            arch, value = entry
+            right = isinstance(value, (int, float)) and math.isfinite(value)
+            require(right, f"value {json.dumps(value)} in entry {number}, expected a number")
+            where = f", entry {number}"
+            labels.append((space.parse(arch if isinstance(arch, str) else json.dumps(arch)), float(value)))
+    except ValueError as error:
+        raise ValueError(f"labels {path}{where}: {error}") from None
     return labels
+
+
+# ------------------------------------------------------------------------------------------------- canonical graphs
+MOST_TRIES = 2000  # of orders that are begun; of graphs drawn from the spaces some hundred are enough
+
+
+def canonical(graph: Graph) -> Graph:
+    """Return the same representative for all graphs that are `graph` up to the order of vertices and of summands.
+
+    Individualisation and refinement (McKay and Piperno, 2014): a vertex's colour is its rank by depth and operation,
+    refined until that splits nothing more. Where colours still tie, each of the tied vertices is set before the others
+    in turn (of twins, which read and are read alike, one). Without ties they order the vertices, topologically; the
+    smallest graph in such an order wins. ValueError for a graph so regular that MOST_TRIES are not enough.
+    """
+    readers: list[list[int]] = [[] for _ in graph]
+    depths: list[int] = []
+    for i, (op, inputs) in enumerate(graph):
+        depths.append(0 if op.startswith("input") else 1 + max((depths[j] for j in inputs), default=0))
+        for j in inputs:
+            readers[j].append(i)
+    depths[-1] = len(graph)  # the output stands last even when nothing reaches it
+
+    found: list[Graph] = []
+    todo: list[list[Any]] = [[(depth, vertex.op) for depth, vertex in zip(depths, graph)]]
+    for _ in range(MOST_TRIES):
+        ranks = refined(graph, readers, todo.pop())
+        order = sorted(range(len(graph)), key=ranks.__getitem__)
+        tied = next((ranks[i] for i, j in pairwise(order) if ranks[i] == ranks[j]), None)
+        if tied is None:
+            found.append(tuple(Vertex(graph[i].op, tuple(sorted(ranks[j] for j in graph[i].inputs))) for i in order))
+        else:
+            firsts = {(*sorted(graph[i].inputs), -1, *readers[i]): i for i in order if ranks[i] == tied}.values()
+            todo += [[2 * rank - (i == first) for i, rank in enumerate(ranks)] for first in firsts]
+        if not todo:
+            return min(found)
+    raise ValueError(f"a graph of {len(graph)} vertices is too regular for a canonical form to be found")
+
+
+def refined(graph: Graph, readers: list[list[int]], colours: list[Any]) -> list[int]:
+    """Return the ranks of colours, split by those of what a vertex reads and of what reads it until nothing splits."""
+    while True:
+        place = {colour: rank for rank, colour in enumerate(sorted(set(colours)))}
+        ranks = [place[colour] for colour in colours]
+        colours = [(rank, *sorted(ranks[j] for j in vertex.inputs), -1, *sorted(ranks[j] for j in reading))
+                   for rank, vertex, reading in zip(ranks, graph, readers)]
+        if len(set(colours)) == len(place):
+            return ranks
