@@ -211,7 +211,7 @@ class Stages(nn.Sequential):
     def forward(self, x: Tensor) -> list[Tensor]:
         taps = []
         for stage in self:
-            maps = [x := block(x) for block in stage]
+            maps = [x := block(x) for block in (stage if self.all_blocks else [stage])]
             taps.append(torch.cat(maps, 1) if self.all_blocks else x)
         return taps[-3:]
 
