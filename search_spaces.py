@@ -14,8 +14,7 @@ A search space is a class with
 An arch is a plain immutable value, `rng` a `random.Random`. Text enters by `parse` alone, with a ValueError that names
 what is wrong in it; the other methods take an arch that `parse`, `random` or `mutate` gave, and check nothing.
 
-The file needs torch only and can be copied alone. It has graphs, which keys and cells are made of; operations; what all
-spaces share; NAS-Bench-201, the worked example, and the other spaces; names and labels; canonical graphs.
+The file needs torch only and can be copied alone.
 """
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ def spell(graph: Graph) -> str:
 
 
 def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor]) -> list[Tensor]:
-    """Return `maps`, those of the inputs, and after them those of all vertices that `ops` has a module for."""
+    """Run `ops` on the vertices after the inputs, and return the maps of all, those of the inputs, `maps`, first."""
     sums: dict[tuple[int, ...], Tensor] = {}  # what several vertices read is summed once
     for (_, inputs), op in zip(graph[len(maps):], ops):
         if inputs not in sums:
@@ -75,9 +74,6 @@ def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor]) -> lis
 
 
 # ------------------------------------------------------------------------------------------------------- operations
-Op = Callable[[int, int], nn.Module]  # constructor(channels, stride)
-
-
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """Make a convolution without bias that keeps the map's size but for the stride."""
     return nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel - 1) // 2, dilation, groups, bias=False)
@@ -91,7 +87,7 @@ def conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: in
     return conv_bn(c_in, c_out, kernel, stride, groups).append(nn.ReLU())
 
 
-def relu_bn(*convs: nn.Conv2d, **norm: bool) -> nn.Sequential:
+def relu_conv_bn(*convs: nn.Conv2d, **norm: bool) -> nn.Sequential:
     """Put convolutions between a ReLU and a batch norm; `norm`: options of the latter."""
     return nn.Sequential(nn.ReLU(), *convs, nn.BatchNorm2d(convs[-1].out_channels, **norm))
 
@@ -103,7 +99,7 @@ class Sum(nn.Sequential):
         return self[0](x) + self[1](x)
 
 
-class FactorizedReduction(nn.Module):
+class FactorizedReduce(nn.Module):
     """Half the side without losing a position: two strided 1x1 convolutions, the second one pixel further."""
 
     def __init__(self, c_in: int, c_out: int):
@@ -116,28 +112,28 @@ class FactorizedReduction(nn.Module):
         return self.bn(torch.cat([self.halves[0](x), self.halves[1](x[:, :, 1:, 1:])], 1))
 
 
-def separable(kernel: int, dilation: int = 1, times: int = 2) -> Op:
-    return lambda c, stride: nn.Sequential(*[relu_bn(conv(c, c, kernel, step, c, dilation), conv(c, c, 1))
+def separable(kernel: int, dilation: int = 1, times: int = 2) -> Callable:
+    return lambda c, stride: nn.Sequential(*[relu_conv_bn(conv(c, c, kernel, step, c, dilation), conv(c, c, 1))
                                              for step in (stride, 1)[:times]])
 
 
-def factorized(k: int) -> Op:
-    return lambda c, stride: relu_bn(nn.Conv2d(c, c, (1, k), (1, stride), (0, k // 2), bias=False),
+def factorized(k: int) -> Callable:
+    return lambda c, stride: relu_conv_bn(nn.Conv2d(c, c, (1, k), (1, stride), (0, k // 2), bias=False),
                                      nn.Conv2d(c, c, (k, 1), (stride, 1), (k // 2, 0), bias=False))
 
 
-OPS: dict[str, Op] = {
+OPS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> constructor(channels, stride)
     **dict.fromkeys(("node", "output"), lambda c, stride: nn.Identity()),  # a sum and nothing else
     "none": lambda c, stride: nn.Sequential(nn.AvgPool2d(1, stride), nn.Threshold(math.inf, 0)),  # zero
-    "skip_connect": lambda c, stride: nn.Identity() if stride == 1 else FactorizedReduction(c, c),
+    "skip_connect": lambda c, stride: nn.Identity() if stride == 1 else FactorizedReduce(c, c),
     "avg_pool_3x3": lambda c, stride: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
     **dict.fromkeys(("max_pool_3x3", "maxpool3x3"), lambda c, stride: nn.MaxPool2d(3, stride, 1)),
     "max_pool_5x5": lambda c, stride: nn.MaxPool2d(5, stride, 2),
     "max_pool_7x7": lambda c, stride: nn.MaxPool2d(7, stride, 3),
     "conv1x1-bn-relu": lambda c, stride: conv_bn_relu(c, c, 1, stride),
     "conv3x3-bn-relu": lambda c, stride: conv_bn_relu(c, c, 3, stride),
-    "conv_1x1": lambda c, stride: relu_bn(conv(c, c, 1, stride)),
-    "conv_3x3": lambda c, stride: relu_bn(conv(c, c, 3, stride)),
+    "conv_1x1": lambda c, stride: relu_conv_bn(conv(c, c, 1, stride)),
+    "conv_3x3": lambda c, stride: relu_conv_bn(conv(c, c, 3, stride)),
     "conv_3x1_1x3": factorized(3), "conv_7x1_1x7": factorized(7),
     "sep_conv_3x3": separable(3), "sep_conv_5x5": separable(5), "sep_conv_7x7": separable(7),
     "dil_conv_3x3": separable(3, dilation=2, times=1), "dil_conv_5x5": separable(5, dilation=2, times=1),
@@ -146,15 +142,12 @@ OPS: dict[str, Op] = {
 
 
 # --------------------------------------------------------------------------------------------- what all spaces share
-TRIES = 1000  # of a mutation, before an architecture counts as one without neighbours
-
-
 class SearchSpace:
     """Mutation, reading and counting, for a space that has
 
-    neighbour(arch, rng) -> arch    a valid arch that differs in one choice, if the draw makes one, whatever its key
+    neighbour(arch, rng) -> arch    a valid arch that is one random choice away, or `arch` itself; whatever its key
     graph(arch) -> Graph            the live, canonical one, which `key` spells; or a `key` of its own
-    read(text) -> arch              `parse`, whose ValueError names the wrong part alone
+    read(text) -> arch              as `parse`; its ValueError needs to name the wrong part only
     build(arch, whole=False)        `whole`: the benchmark's own network, dead operations and classifier included
     """
     name: str
@@ -165,7 +158,7 @@ class SearchSpace:
 
     def parse(self, text: str) -> Any:
         try:
-            return self.read(text.strip())
+            return self.read(text.strip().strip("\"'"))
         except KeyError as error:
             wrong = f"no {error}"
         except ValueError as error:
@@ -174,9 +167,9 @@ class SearchSpace:
             wrong = repr(text.strip()[:60])
         raise ValueError(f"not a network of {self.name}: {wrong}; expected {self.spelling}")
 
-    def mutate(self, arch: Any, rng: random.Random) -> Any:
+    def mutate(self, arch: Any, rng: random.Random, tries: int = 1000) -> Any:
         key = self.key(arch)
-        for _ in range(TRIES):
+        for _ in range(tries):
             child = self.neighbour(arch, rng)
             if self.key(child) != key:
                 return child
@@ -201,8 +194,8 @@ class SearchSpace:
 
 
 class Stages(nn.Sequential):
-    """Stages one after the other, each a sequence of blocks. The taps are what the last three make: their last blocks
-    or, with `all_blocks`, all their blocks, concatenated."""
+    """Stages one after the other, each a sequence of blocks. The taps are the outputs of the last three: of their last
+    blocks or, with `all_blocks`, of all their blocks, concatenated."""
 
     def __init__(self, *stages: nn.Module, all_blocks: bool = False):
         super().__init__(*stages)
@@ -220,7 +213,7 @@ class Classifier(nn.Sequential):
     """The benchmark's network: the last tap, `tail`, global average, a linear layer."""
 
     def __init__(self, body: nn.Module, width: int, classes: int = 10, tail: Iterable[nn.Module] = ()):
-        body.all_blocks = False  # these are for heads
+        body.all_blocks = False  # this is for heads
         super().__init__(body, *tail, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,7 +236,7 @@ def another(values: Iterable, value: Any, rng: random.Random) -> Any:
 
 
 def require(right: bool, wrong: str, *expected: Any) -> None:
-    """Raise ValueError, which names what is wrong and what would be right, unless it is right."""
+    """Raise ValueError, with what is wrong and what is expected, unless it is right."""
     if not right:
         raise ValueError(wrong + f", expected one of {', '.join(map(str, expected))}" * bool(expected))
 
@@ -253,25 +246,37 @@ def require_end(text: str) -> None:
 
 
 def literal(text: str) -> Any:
-    """Return the value that text spells, up to where its first bracket closes, in JSON or in Python; range(a, b) is a
-    list, Genotype(...) a dict. ValueError for another text, and for what follows."""
+    """Return the value of text in JSON or in Python that ends where its first bracket closes; else ValueError."""
     depths = accumulate((c in "([{") - (c in ")]}") for c in text)
     end = next((i for i, (c, depth) in enumerate(zip(text, depths), 1) if c in ")]}" and depth == 0), 0)
-    require(end > 0, f"no closing bracket: {text!r:.60}")
+    require(end > 0, f"no closing bracket after {text[-40:]!r}")
     require_end(text[end:])
     try:
         return json.loads(text[:end])
     except ValueError:
-        ranges = r"(list\()?range\((\d), *(\d)\)(?(1)\))"
-        text = re.sub(ranges, lambda found: str([*range(int(found[2]), int(found[3]))]), text[:end])
-    try:
-        value = ast.parse(text, mode="eval").body
-        if not isinstance(value, ast.Call):
-            return ast.literal_eval(value)
-        fields = dict(zip(Genotype._fields, value.args)) | {word.arg: word.value for word in value.keywords}
-        return {name: ast.literal_eval(field) for name, field in fields.items()}
-    except (SyntaxError, ValueError):
-        raise ValueError(f"neither JSON nor Python: {text!r:.60}") from None
+        try:
+            return value_of(ast.parse(text[:end], mode="eval").body)
+        except SyntaxError as error:
+            raise ValueError(f"neither JSON nor Python: {text[error.offset - 1:]!r:.60}") from None
+
+
+def value_of(node: ast.expr) -> Any:
+    """Return the value of a Python literal that may have range, list, numpy's array, and Genotype as a dict."""
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.List(items) | ast.Tuple(items):
+            return [value_of(item) for item in items]
+        case ast.Dict(keys, values):
+            return dict(zip(map(value_of, keys), map(value_of, values)))
+        case ast.Call(ast.Name("range"), ends):
+            return [*range(*map(value_of, ends))[:99]]  # no text fills the memory
+        case ast.Call(ast.Name("list" | "tuple" | "array"), [value]):
+            return value_of(value)
+        case ast.Call(ast.Name("Genotype"), values, words):
+            fields = dict(zip(Genotype._fields, values)) | {word.arg: word.value for word in words}
+            return {name: value_of(value) for name, value in fields.items()}
+    raise ValueError(f"neither JSON nor Python: {ast.unparse(node)!r:.60}")
 
 
 # ---------------------------------------------------------------------------------------------------- NAS-Bench-201
@@ -305,7 +310,7 @@ class NB201(SearchSpace):
         return replaced(arch, edge, another(self.OPS, arch[edge], rng))
 
     def graph(self, arch: tuple[str, ...], whole: bool = False) -> Graph:
-        """Return the canonical graph of what has an effect, a skip resolved to what it carries (`whole`: of all)."""
+        """Return the canonical graph without dead operations, skips resolved to what they carry (`whole`: of all)."""
         graph = [Vertex("input")]
         nodes: list[tuple[int, ...]] = [(0,), (), (), ()]  # the vertices whose sum a node is
         for (source, target), op in zip(self.EDGES, arch):
@@ -339,7 +344,7 @@ class NB201(SearchSpace):
         norm = {} if whole else {"affine": False, "track_running_stats": False}
         entries = [conv_bn(3, width, 3)]
         for c in (width, 2 * width):
-            body = nn.Sequential(relu_bn(conv(c, 2 * c, 3, stride=2)), relu_bn(conv(2 * c, 2 * c, 3)))
+            body = nn.Sequential(relu_conv_bn(conv(c, 2 * c, 3, stride=2)), relu_conv_bn(conv(2 * c, 2 * c, 3)))
             entries.append(Sum(body, nn.Sequential(nn.AvgPool2d(2), conv(c, 2 * c, 1))))
         network = Stages(all_blocks=self.all_blocks)
         for entry, c in zip(entries, (width, 2 * width, 4 * width)):
@@ -354,8 +359,9 @@ class NB201Cell(nn.Module):
     def __init__(self, graph: Graph, width: int, norm: dict[str, bool]):
         super().__init__()
         self.graph = graph
-        self.ops = nn.ModuleList(relu_bn(conv(width, width, int(op[-1])), **norm) if "conv" in op else OPS[op](width, 1)
-                                 for op, _ in graph[1:])
+        self.ops = nn.ModuleList(
+            relu_conv_bn(conv(width, width, int(op[-1])), **norm) if "conv" in op else OPS[op](width, 1)
+            for op, _ in graph[1:])
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         return run_graph(self.graph, self.ops, [x])[-1]
@@ -401,7 +407,7 @@ class NB101(SearchSpace):
     def neighbour(self, arch: NB101Cell, rng: random.Random) -> NB101Cell:
         """Each possible edge of 7 vertices flips with chance 1/7, each operation becomes another with chance 1/5."""
         n, missing = self.VERTICES, self.VERTICES - len(arch.ops)
-        old_ops = *arch.ops[1:-1], *(rng.choice(self.OPS) for _ in range(missing))  # vertices without edges
+        old_ops = *arch.ops[1:-1], *(rng.choice(self.OPS) for _ in range(missing))  # isolated
         rows = [[*row[:-1], *[0] * missing, row[-1]] for row in arch.matrix]
         rows[-1:-1] = [[0] * n] * missing
         matrix = tuple(tuple(rows[i][j] ^ (j > i and rng.random() < 1 / n) for j in range(n)) for i in range(n))
@@ -414,7 +420,7 @@ class NB101(SearchSpace):
         return sum(len(vertex.inputs) for vertex in self.graph(arch, whole=True))
 
     def graph(self, arch: NB101Cell, whole: bool = False) -> Graph:
-        """Return the vertices on a path from the input to the output (`whole`: these too, but in the order given)."""
+        """Return the vertices between input and output, in canonical order (`whole`: in the order given)."""
         graph, place = [Vertex("input")], {0: 0}
         for j, op in enumerate(arch.ops[1:], start=1):
             inputs = tuple(place[i] for i in range(j) if arch.matrix[i][j] and i in place)
@@ -437,7 +443,7 @@ class NB101(SearchSpace):
             require(op in self.OPS, f"op {op!r}")
         for (i, row), j in product(enumerate(matrix), range(n)):
             right = row[j] in (0, int(j > i))
-            require(right, f"value {row[j]} in row {i}, column {j}, expected {'0 or 1' if j > i else '0'}")
+            require(right, f"value {row[j]!r} in row {i}, column {j}, expected {'0 or 1' if j > i else '0'}")
         arch = NB101Cell(tuple(tuple(map(int, row)) for row in matrix), tuple(ops))
         edges = self.edges(arch)
         require(0 < edges, "no path from the first vertex to the last")
@@ -460,7 +466,7 @@ class NB101(SearchSpace):
 
 class NB101Block(nn.Module):
     """A NAS-Bench-101 cell. What leaves the input passes a 1x1 convolution of its own. The output's channels are
-    divided among what it reads, the remainder one each to the first; others are as wide as the widest they feed."""
+    divided among what it reads, the remainder one each to the first; others are as wide as their widest reader."""
 
     def __init__(self, graph: Graph, c_in: int, c_out: int):
         super().__init__()
@@ -510,14 +516,14 @@ class NBMacro(SearchSpace):
         return " ".join(arch[start] + arch[start + 1:end].replace("0", "") for start, end in self.STAGES)
 
     def read(self, text: str) -> str:
-        if text.startswith("["):
-            text = "".join(map(str, literal(text)))
-        digits, _, rest = text.strip("\"'").partition(" ")
+        listed = text.startswith("[")
+        word, rest = ("", "") if listed else re.match(r"(\S*)(.*)", text, re.S).groups()
+        digits = [*map(str, literal(text) if listed else word)]
         for digit in digits:
-            require(digit in "012", f"digit {digit!r}")
+            require(digit in ("0", "1", "2"), f"digit {digit!r}")
         require(len(digits) == 8, f"{len(digits)} digits, expected 8")
         require_end(rest)
-        return digits
+        return "".join(digits)
 
     def format(self, arch: str) -> str:
         return arch
@@ -557,21 +563,19 @@ class CellNet(NamedTuple):
     depth: int
 
 
-COMMON = ("skip_connect", "avg_pool_3x3", "max_pool_3x3", "sep_conv_3x3", "sep_conv_5x5")
-CELL_SPACES = {  # nodes of a cell; whether the output has only the loose ends, which feed no other node; the operations
-    "darts": (4, False, ("none", *COMMON, "dil_conv_3x3", "dil_conv_5x5")),
-    "enas": (5, True, COMMON),
-    "pnas": (5, False, (*COMMON, "sep_conv_7x7", "dil_conv_3x3", "conv_7x1_1x7")),
-    "nasnet": (5, True, (*COMMON, "sep_conv_7x7", "max_pool_5x5", "max_pool_7x7", "conv_1x1", "conv_3x3",
-                         "conv_3x1_1x3", "conv_7x1_1x7", "dil_conv_3x3")),
-    "amoeba": (5, True, (*COMMON, "sep_conv_7x7", "dil_sep_conv_3x3", "conv_7x1_1x7")),
-}
-
-
 class Cells(SearchSpace):
     """The cell spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`), width and depth free or fixed.
-    The network to regress with has a `shrink`-th of the channels."""
+    The network to regress with has 1/`shrink` of the channels."""
     task = "darts"
+    COMMON = ("skip_connect", "avg_pool_3x3", "max_pool_3x3", "sep_conv_3x3", "sep_conv_5x5")
+    KINDS = {  # nodes of a cell; whether the output has only the loose ends, which feed no other node; the operations
+        "darts": (4, False, ("none", *COMMON, "dil_conv_3x3", "dil_conv_5x5")),
+        "enas": (5, True, COMMON),
+        "pnas": (5, False, (*COMMON, "sep_conv_7x7", "dil_conv_3x3", "conv_7x1_1x7")),
+        "nasnet": (5, True, (*COMMON, "sep_conv_7x7", "max_pool_5x5", "max_pool_7x7", "conv_1x1", "conv_3x3",
+                             "conv_3x1_1x3", "conv_7x1_1x7", "dil_conv_3x3")),
+        "amoeba": (5, True, (*COMMON, "sep_conv_7x7", "dil_sep_conv_3x3", "conv_7x1_1x7")),
+    }
     MACRO = {  # imagenet -> widths, depths, fixed width and depth; the fixed CIFAR ones are a choice made here
         False: ((16, 24, 32), (4, 8, 12, 16, 20), (16, 20)),
         True: ((32, 48, 64, 80, 96), (6, 10, 14, 18, 22), (32, 22)),
@@ -580,7 +584,7 @@ class Cells(SearchSpace):
     def __init__(self, cells: str, fixed: bool = False, imagenet: bool = False, shrink: int = 1,
                  all_blocks: bool = False):
         self.name, self.shrink, self.all_blocks = cells + "-fix" * fixed + "-in" * imagenet, shrink, all_blocks
-        self.nodes, self.loose_ends, self.ops = CELL_SPACES[cells]
+        self.nodes, self.loose_ends, self.ops = self.KINDS[cells]
         self.fixed, self.imagenet, self.side = fixed, imagenet, 224 if imagenet else 32
         self.widths, self.depths, self.default = self.MACRO[imagenet]
         if fixed:
@@ -593,12 +597,12 @@ class Cells(SearchSpace):
                           for _ in range(2))
         return CellNet(self.genotype(normal, reduce), rng.choice(self.widths), rng.choice(self.depths))
 
-    def genotype(self, normal: tuple, reduce: tuple) -> Genotype:
-        return Genotype(normal, self.concat(normal), reduce, self.concat(reduce))
-
-    def concat(self, pairs: tuple) -> tuple[int, ...]:
-        fed = {source for _, source in pairs} if self.loose_ends else ()
-        return tuple(node for node in range(2, 2 + self.nodes) if node not in fed)
+    def genotype(self, *cells: tuple) -> Genotype:
+        fields: list[tuple] = []
+        for pairs in cells:
+            fed = {source for _, source in pairs} if self.loose_ends else ()
+            fields += pairs, tuple(node for node in range(2, 2 + self.nodes) if node not in fed)
+        return Genotype(*fields)
 
     def neighbour(self, arch: CellNet, rng: random.Random) -> CellNet:
         """Another operation or another input in one place, or another width or depth."""
@@ -620,17 +624,14 @@ class Cells(SearchSpace):
             graph = [Vertex("input 0"), Vertex("input 1")]
             nodes: list[tuple[int, ...]] = [(0,), (1,)]  # the vertices whose sum a node is
             for i in range(0, len(pairs), 2):
-                node: tuple[int, ...] = ()
-                for op, source in pairs[i:i + 2]:
+                nodes.append(())
+                summed = [(op, source) for op, source in pairs[i:i + 2] if whole or op != "none"]
+                for op, source in summed or [("none", 0)]:
                     if op == "skip_connect" and not whole and not (reduction and source < 2):
-                        node += nodes[source]
-                    elif whole or op != "none":
-                        node += (len(graph),)
+                        nodes[-1] += nodes[source]
+                    else:
+                        nodes[-1] += (len(graph),)
                         graph.append(Vertex(op, nodes[source]))
-                if not node:
-                    node = (len(graph),)
-                    graph.append(Vertex("none", (0,)))
-                nodes.append(node)
             first = len(graph)
             graph += [Vertex("node", nodes[j]) for j in concat]
             graph.append(Vertex("concat", tuple(range(first, len(graph)))))
@@ -646,10 +647,10 @@ class Cells(SearchSpace):
         if "Genotype(" in text:
             net = {"genotype": net, **dict(zip(("width", "depth"), self.default))}
         genotype, width, depth = net["genotype"], net["width"], net["depth"]
-        require(width in self.widths, f"width {width}", *self.widths)
-        require(depth in self.depths, f"depth {depth}", *self.depths)
+        require(width in self.widths, f"width {width!r}", *self.widths)
+        require(depth in self.depths, f"depth {depth!r}", *self.depths)
         cells = [self.read_pairs(name, genotype[name]) for name in ("normal", "reduce")]
-        arch = CellNet(self.genotype(*cells), width, depth)
+        arch = CellNet(self.genotype(*cells), int(width), int(depth))
         for name in ("normal_concat", "reduce_concat"):
             right = [*getattr(arch.genotype, name)]
             require(sorted(genotype[name]) == right, f"{name} {genotype[name]}, expected {right}")
@@ -663,7 +664,7 @@ class Cells(SearchSpace):
             require(op in self.ops, f"op {op!r} in {name}")
             node = 2 + i // 2
             require(source in range(node), f"input {source!r} of node {node} in {name}", *range(node))
-        return tuple(map(tuple, pairs))
+        return tuple((op, int(source)) for op, source in pairs)
 
     def format(self, arch: CellNet) -> str:
         return str(arch.genotype) if self.fixed else json.dumps(arch._asdict() | {"genotype": arch.genotype._asdict()})
@@ -679,28 +680,27 @@ class CellNetwork(nn.Module):
     reduction cells, which halve the map and double the width. Taps: before these two, and at the end. Unless `whole`,
     an ImageNet stem has stride 1."""
 
-    def __init__(self, graphs: list[Graph], width: int, depth: int, imagenet: bool, all_blocks: bool = False,
-                 whole: bool = False):
+    def __init__(self, graphs: list[Graph], width: int, depth: int, imagenet: bool, all_blocks: bool, whole: bool):
         super().__init__()
         self.all_blocks = all_blocks
         stride = 2 if whole else 1
         if imagenet:
             first = nn.Sequential(conv_bn_relu(3, width // 2, 3, stride), conv_bn(width // 2, width, 3, stride))
-            self.stem = nn.ModuleList([first, relu_bn(conv(width, width, 3, stride))])
+            self.stem = nn.ModuleList([first, relu_conv_bn(conv(width, width, 3, stride))])
         else:
             self.stem = nn.ModuleList([conv_bn(3, 3 * width, 3), nn.Identity()])
 
         reductions = depth // 3, 2 * depth // 3
         self.taps = *(i - 1 for i in reductions), depth - 1
         self.cells = nn.ModuleList()
-        c_before = c_last = width if imagenet else 3 * width
-        last_reduced = imagenet and whole
+        c_prev_prev = c_prev = width if imagenet else 3 * width
+        reduction_prev = imagenet and whole
         for i in range(depth):
             reduction = i in reductions
             width *= 1 + reduction
-            self.cells.append(TwoInputCell(graphs[reduction], c_before, c_last, width, last_reduced, reduction))
-            c_before, c_last, last_reduced = c_last, width * len(graphs[reduction][-1].inputs), reduction
-        self.out_width = c_last
+            self.cells.append(TwoInputCell(graphs[reduction], c_prev_prev, c_prev, width, reduction_prev, reduction))
+            c_prev_prev, c_prev, reduction_prev = c_prev, width * len(graphs[reduction][-1].inputs), reduction
+        self.out_width = c_prev
 
     def forward(self, x: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three taps
         before = self.stem[0](x)
@@ -718,16 +718,16 @@ class CellNetwork(nn.Module):
 class TwoInputCell(nn.Module):
     """One cell: both inputs brought to its width, its graph, the concatenation of nodes."""
 
-    def __init__(self, graph: Graph, c_before: int, c_last: int, width: int, last_reduced: bool, reduction: bool):
+    def __init__(self, graph: Graph, c_prev_prev: int, c_prev: int, width: int, reduction_prev: bool, reduction: bool):
         super().__init__()
         self.graph = graph
-        before = FactorizedReduction(c_before, width) if last_reduced else relu_bn(conv(c_before, width, 1))
-        self.prepare = nn.ModuleList([before, relu_bn(conv(c_last, width, 1))])
+        before = FactorizedReduce(c_prev_prev, width) if reduction_prev else relu_conv_bn(conv(c_prev_prev, width, 1))
+        self.preprocess = nn.ModuleList([before, relu_conv_bn(conv(c_prev, width, 1))])
         self.ops = nn.ModuleList(OPS[op](width, 2 if reduction and max(inputs) < 2 else 1)
                                  for op, inputs in graph[2:-1])
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:  # -> (B, nodes * width, H, W)
-        maps = run_graph(self.graph, self.ops, [self.prepare[0](before), self.prepare[1](last)])
+        maps = run_graph(self.graph, self.ops, [self.preprocess[0](before), self.preprocess[1](last)])
         return torch.cat([maps[j] for j in self.graph[-1].inputs], 1)
 
 
@@ -738,50 +738,47 @@ class ResidualNet(NamedTuple):
     ds: tuple[int, ...]  # blocks; the stem's entry is not used
     ws: tuple[int, ...]  # widths
     ss: tuple[int, ...]  # strides
-    bot_muls: tuple[float, ...]  # bottleneck width over width; empty but for res_bottleneck_block; the stem's not used
-    num_gs: tuple[int, ...]  # groups of the 3x3 convolution, likewise
-
-
-RESNEXT = {"ds": (1, 2, 4, 8, 16), "ws": (), "bot_muls": (0.25, 0.5, 1.0), "num_gs": ()}
-RESIDUAL_SPACES = {  # field of the net dict -> its values
-    "resnet": {"ds": tuple(range(1, 25)), "ws": tuple(range(16, 257, 8)), "bot_muls": (), "num_gs": ()},
-    "resnext-a": RESNEXT | {"ws": (16, 32, 64, 128, 256), "num_gs": (1, 2, 4)},
-    "resnext-b": RESNEXT | {"ws": (64, 128, 256, 512, 1024), "num_gs": (1, 2, 4, 8, 16)},
-}
-# stride of the benchmark's whole stem -> its layers(width, stride of each layer that has one)
-STEMS: dict[int, Callable[[int, int], list[nn.Module]]] = {
-    1: lambda w, stride: [conv_bn_relu(3, w, 3)],
-    4: lambda w, stride: [conv_bn_relu(3, w, 7, stride), nn.MaxPool2d(3, stride, 1)],
-    8: lambda w, stride: [conv_bn_relu(c_in, c, 3, stride) for c_in, c in ((3, w // 2), (w // 2, w), (w, w))],
-}
+    bot_muls: tuple[float, ...] = ()  # bottleneck width over width, of res_bottleneck_block; the stem's is not used
+    num_gs: tuple[int, ...] = ()  # groups of the 3x3 convolution, likewise
 
 
 class Residual(SearchSpace):
     """The residual spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`). The blocks of the network
-    to regress with have a `shrink`-th of the channels, but of their groups at least one each."""
+    to regress with have 1/`shrink` of the channels, but at least one for each of their groups."""
     task = "resnet"
+    RESNEXT = {"ds": (1, 2, 4, 8, 16), "ws": (), "bot_muls": (0.25, 0.5, 1.0)}
+    KINDS = {  # field of the net dict -> its values
+        "resnet": {"ds": tuple(range(1, 25)), "ws": tuple(range(16, 257, 8))},
+        "resnext-a": RESNEXT | {"ws": (16, 32, 64, 128, 256), "num_gs": (1, 2, 4)},
+        "resnext-b": RESNEXT | {"ws": (64, 128, 256, 512, 1024), "num_gs": (1, 2, 4, 8, 16)},
+    }
+    STEMS: dict[int, Callable[[int, int], list[nn.Module]]] = {
+        # total stride of the stem -> its layers, given the width and the stride of each layer that has one
+        1: lambda w, stride: [conv_bn_relu(3, w, 3)],
+        4: lambda w, stride: [conv_bn_relu(3, w, 7, stride), nn.MaxPool2d(3, stride, 1)],
+        8: lambda w, stride: [conv_bn_relu(c_in, c, 3, stride) for c_in, c in ((3, w // 2), (w // 2, w), (w, w))],
+    }
 
     def __init__(self, kind: str, imagenet: bool = False, shrink: int = 1, all_blocks: bool = False):
         self.name, self.shrink, self.all_blocks = kind + "-in" * imagenet, shrink, all_blocks
-        self.choices, self.plain = RESIDUAL_SPACES[kind], kind == "resnet"
+        self.choices, self.bottleneck = self.KINDS[kind], kind != "resnet"
         self.imagenet, self.side = imagenet, 224 if imagenet else 32
-        self.blocks = ("res_basic_block", "double_plain_block") if self.plain else ("res_bottleneck_block",)
-        self.strides = (1, 1, 2, 2) if not imagenet else (4, 1, 2, 2, 2) if self.plain else (8, 1, 2, 2)
-        self.stem = {"ds": 1, "ws": 64 if imagenet and not self.plain else 16, "bot_muls": 1.0, "num_gs": 1}
-        self.spelling = (f"an NDS net dict, block_type {' or '.join(self.blocks)}, ss {list(self.strides)}, and "
-                         f"{', '.join(self.choices)}, the first entry of each the stem's")
+        self.blocks = ("res_bottleneck_block",) if self.bottleneck else ("res_basic_block", "double_plain_block")
+        self.strides = (1, 1, 2, 2) if not imagenet else (8, 1, 2, 2) if self.bottleneck else (4, 1, 2, 2, 2)
+        self.stem = {"ds": 1, "ws": 64 if imagenet and self.bottleneck else 16, "bot_muls": 1.0, "num_gs": 1}
+        self.spelling = f"an NDS net dict of block_type, ss, {', '.join(self.choices)}, the first entries the stem's"
 
     def random(self, rng: random.Random) -> ResidualNet:
         """Uniform; ResNet's blocks and widths log-uniform. Of the block types, the first."""
         lists = {}
         for field, values in self.choices.items():
-            weights = [1 / value for value in values] if self.plain else None
-            lists[field] = (self.stem[field], *rng.choices(values, weights, k=len(self.strides) - 1)) if values else ()
+            weights = None if self.bottleneck else [1 / value for value in values]
+            lists[field] = self.stem[field], *rng.choices(values, weights, k=len(self.strides) - 1)
         return ResidualNet(self.blocks[0], ss=self.strides, **lists)
 
     def neighbour(self, arch: ResidualNet, rng: random.Random) -> ResidualNet:
         """Another value in one place."""
-        field = rng.choice([field for field in self.choices if getattr(arch, field)])
+        field = rng.choice([*self.choices])
         values = getattr(arch, field)
         stage = rng.randrange(1, len(values))
         return arch._replace(**{field: replaced(values, stage, another(self.choices[field], values[stage], rng))})
@@ -797,17 +794,17 @@ class Residual(SearchSpace):
     def read(self, text: str) -> ResidualNet:
         """Read an NDS net dict; ResNet's numbers of blocks and widths need not be those that are drawn."""
         net, lists = literal(text), {}
-        require(net["block_type"] in self.blocks, f"block_type {net['block_type']!r}")
-        require(net["ss"] == [*self.strides], f"ss {net['ss']}")
+        require(net["block_type"] in self.blocks, f"block_type {net['block_type']!r}", *self.blocks)
+        require([*net["ss"]] == [*self.strides], f"ss {net['ss']}, expected {[*self.strides]}")
         for field, values in self.choices.items():
-            lists[field] = tuple(net[field]) if values else ()  # plain blocks have no bottleneck
-            count = len(self.strides) if values else 0
+            lists[field] = tuple(value if value % 1 else int(value) for value in net[field])
+            count = len(self.strides)
             require(len(lists[field]) == count, f"{len(lists[field])} {field}, expected {count}")
             for stage, value in enumerate(lists[field]):
                 if stage == 0 and field != "ws":  # not used
                     require(0 <= value < math.inf, f"{field} {value} of the stem, expected a number >= 0")
                 else:  # a stem may halve its width
-                    allowed = values if stage and not self.plain else range(1 if stage else 2, max(values) + 1)
+                    allowed = values if stage and self.bottleneck else range(1 if stage else 2, max(values) + 1)
                     require(value in allowed, f"{field} {value} of stage {stage}, expected one of {allowed}")
         return ResidualNet(net["block_type"], ss=self.strides, **lists)
 
@@ -815,8 +812,8 @@ class Residual(SearchSpace):
         return json.dumps(arch._asdict())
 
     def build(self, arch: ResidualNet, whole: bool = False) -> nn.Module:
-        """The ReLU of a stage's last block opens the next stage, for taps are before it."""
-        entry: list[nn.Module] = STEMS[arch.ss[0]](arch.ws[0], 2 if whole else 1)  # ends in a ReLU or a pool of its own
+        """Taps are before the ReLU of a stage's last block, which therefore opens the next stage."""
+        entry = self.STEMS[arch.ss[0]](arch.ws[0], 2 if whole else 1)  # ends in a ReLU or a pool of its own
         c_in, network = arch.ws[0], Stages(all_blocks=self.all_blocks)
         shrink = 1 if whole else self.shrink
         for blocks, c, stride, mid, groups in self.stages(arch):
@@ -888,7 +885,7 @@ class NBNLP(SearchSpace):
                 return arch
 
     def sources(self, op: str, nodes: Iterable[Node], previous: list[str]) -> list[str]:
-        """Return what an operation may read: linear ones x, hidden states, activations; others no x, but all nodes."""
+        """Return what an operation may read: linear ones x, hidden states, activations; others hidden states, nodes."""
         names = [node.name for node in nodes if op != "linear" or node.op in self.ACTIVATIONS]
         return ["x", *previous, *names] if op == "linear" else [*previous, *names]
 
@@ -958,7 +955,7 @@ class NBNLP(SearchSpace):
         """Read a recipe, or a whole run log that has one."""
         nodes = literal(text)
         if "recepie" in nodes:  # the benchmark's own spelling
-            nodes = literal(nodes["recepie"])
+            nodes = literal(nodes["recepie"]) if isinstance(nodes["recepie"], str) else nodes["recepie"]
         arch = tuple(Node(name, node["op"], tuple(node["input"])) for name, node in nodes.items())
         new = sorted(name for name in nodes if name.startswith("h_new"))
         require(new in (["h_new_0"], ["h_new_0", "h_new_1"], ["h_new_0", "h_new_1", "h_new_2"]),
@@ -1052,9 +1049,9 @@ class RecurrentLayer(nn.Module):
 SPACES: dict[str, Callable[..., SearchSpace]] = {
     "nb101": NB101, "nb201": NB201, "nbmacro": NBMacro, "nbnlp": NBNLP,
     **{kind + fix + end: partial(Cells, kind, fix == "-fix", end == "-in")
-       for kind, fix, end in product(CELL_SPACES, ("", "-fix"), ("", "-in"))
+       for kind, fix, end in product(Cells.KINDS, ("", "-fix"), ("", "-in"))
        if not fix or kind in ("darts", "enas", "pnas")},
-    **{kind + end: partial(Residual, kind, end == "-in") for kind, end in product(RESIDUAL_SPACES, ("", "-in"))},
+    **{kind + end: partial(Residual, kind, end == "-in") for kind, end in product(Residual.KINDS, ("", "-in"))},
 }
 
 
@@ -1073,11 +1070,8 @@ def get(name: str, **sizes: Any) -> Any:
 
 
 def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
-    """Return the recorded values of architectures, [(arch, value)], higher = better, in the order of the file.
-
-    It is a JSON list of [architecture, value], the former in any spelling that `space.parse` reads, as text or as JSON.
-    ValueError, with the entry, for anything else or another space's architectures.
-    """
+    """Return [(arch, value)], higher = better, from a JSON list of [architecture, value], the former as any text that
+    `space.parse` reads or as JSON of it. ValueError, with the entry, for anything else."""
     labels, where = [], " is no JSON list of [architecture, value]"
     try:
         entries = json.loads(Path(path).read_bytes())  # of bytes: with a byte-order mark or in UTF-16 too
@@ -1096,16 +1090,13 @@ def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
 
 
 # ------------------------------------------------------------------------------------------------- canonical graphs
-MOST_TRIES = 2000  # of orders that are begun; of graphs drawn from the spaces some hundred are enough
-
-
-def canonical(graph: Graph) -> Graph:
+def canonical(graph: Graph, tries: int = 2000) -> Graph:
     """Return the same representative for all graphs that are `graph` up to the order of vertices and of summands.
 
     Individualisation and refinement (McKay and Piperno, 2014): a vertex's colour is its rank by depth and operation,
-    refined until that splits nothing more. Where colours still tie, each of the tied vertices is set before the others
-    in turn (of twins, which read and are read alike, one). Without ties they order the vertices, topologically; the
-    smallest graph in such an order wins. ValueError for a graph so regular that MOST_TRIES are not enough.
+    refined until it is stable. Where colours still tie, each of the tied vertices is set before the others in turn (of
+    twins, with the same inputs and readers, one). Without ties they order the vertices, topologically; the smallest
+    graph in such an order wins. ValueError after so many tries; graphs drawn from the spaces need a handful.
     """
     readers: list[list[int]] = [[] for _ in graph]
     depths: list[int] = []
@@ -1117,7 +1108,7 @@ def canonical(graph: Graph) -> Graph:
 
     found: list[Graph] = []
     todo: list[list[Any]] = [[(depth, vertex.op) for depth, vertex in zip(depths, graph)]]
-    for _ in range(MOST_TRIES):
+    for _ in range(tries):
         ranks = refined(graph, readers, todo.pop())
         order = sorted(range(len(graph)), key=ranks.__getitem__)
         tied = next((ranks[i] for i, j in pairwise(order) if ranks[i] == ranks[j]), None)

@@ -1013,11 +1013,11 @@ def test_every_space(name):
 
 
 @pytest.mark.parametrize("name, spellings", {
-    "nb201": [RICH, f"\n {RICH[:20]}\n{RICH[20:]} ", "[[3],[2,4],[1,3,2]]", "[[3], [2, 4],\n[1, 3, 2]]"],
+    "nb201": [RICH, f"\n {RICH[:20]}\n{RICH[20:]} ", "[[3],[2,4],[1,3,2]]", "[[3], [2, 4],\n[1, 3, 2]]", f'"{RICH}"'],
     "nb101": [json.dumps([MATRIX, CELL_OPS]), str((MATRIX, CELL_OPS)), json.dumps({"matrix": MATRIX, "ops": CELL_OPS}),
-              str({"module_operations": CELL_OPS, "module_adjacency": MATRIX})],
+              f"{{'module_adjacency': array({MATRIX}, dtype=int8), 'module_operations': {CELL_OPS}}}"],
     "nbmacro": ["01201201", "[0, 1, 2, 0, 1, 2, 0, 1]", "'01201201'"],
-    "darts": [DARTS, json.dumps(DARTS_NET), f"DARTS_V2 = {DARTS}\n", f"01/02 03:04:05 AM genotype = {DARTS}",
+    "darts": [DARTS, json.dumps(DARTS_NET | {"width": 16.0}), f"DARTS_V2 = {DARTS}\n", f"01/02 03:04:05 genotype = {DARTS}",
               f"Genotype({NORMAL}, range(2, 6), {REDUCE}, list(range(2, 6)))", DARTS.replace(NORMAL, NESTED),
               DARTS.replace("normal_concat=[2, 3, 4, 5]", "normal_concat=range(2,6)")],
     "darts-fix-in": [DARTS, json.dumps(DARTS_NET | {"width": 32, "depth": 22})],
@@ -1047,12 +1047,12 @@ def test_what_people_paste(name, spellings):
     ("nb101", json.dumps([MATRIX, ["input"] * 3]), "ops from 'input' to 'input'"),
     ("nb101", json.dumps([[], ["input"]]), "1 vertices"), ("nb101", json.dumps([MATRIX, CELL_OPS])[:-1], "no closing"),
     ("nbmacro", "", "0 digits"), ("nbmacro", "0120120", "7 digits, expected 8"), ("nbmacro", "01201203", "digit '3'"),
-    ("nbmacro", "01201201 91.2", "text after the architecture: '91.2'"), ("nbmacro", "[0, 1, 2]", "3 digits"),
+    ("nbmacro", "01201201 91.2", "text after the architecture: '91.2'"), ("nbmacro", "[10, 1]", "digit '10'"),
     ("darts", DARTS + " 91.2", "text after the architecture: '91.2'"), ("darts", "Genotype()", "no 'normal'"),
     ("darts", DARTS.replace("skip_connect', 2", "noise', 2"), "op 'noise' in reduce"),
     ("darts", DARTS.replace("dil_conv_3x3', 2", "dil_conv_3x3', 5"), "input 5 of node 5 in normal, expected one of 0"),
     ("darts", DARTS.replace("concat=[2, 3, 4, 5]", "concat=[2, 3]"), "normal_concat [2, 3], expected [2, 3, 4, 5]"),
-    ("darts", DARTS.replace("[2, 3, 4, 5]", "range(print(1))"), "neither JSON nor Python"),
+    ("darts", DARTS.replace("[2, 3, 4, 5]", "range(print(1))"), "neither JSON nor Python: 'print(1)'"),
     ("pnas", DARTS, "8 (op, input) in normal, expected 10"), ("darts", '{"width": 16, "depth": 20}', "no 'genotype'"),
     ("darts-in", json.dumps(DARTS_NET | {"width": 36}), "width 36, expected one of 32, 48, 64, 80, 96"),
     ("darts-fix", json.dumps(DARTS_NET | {"depth": 8}), "depth 8, expected one of 20"),
@@ -1209,10 +1209,10 @@ def test_darts_cell_by_hand():
     pairs = (("sep_conv_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 1), ("dil_conv_5x5", 2), ("avg_pool_3x3", 3),
              ("skip_connect", 2), ("none", 0), ("none", 4))
     _, graph = Cells("darts").graphs(cell_net(Cells("darts"), pairs, pairs, 4, 3))
-    cell = search_spaces.TwoInputCell(graph, 6, 5, 4, last_reduced=True, reduction=True).train()
+    cell = search_spaces.TwoInputCell(graph, 6, 5, 4, reduction_prev=True, reduction=True).train()
     before, last = (torch.randn(2, c, side, side, generator=rng_of(c)) for c, side in ((6, 16), (5, 8)))
     op = {vertex.op: module for vertex, module in zip(graph[2:], cell.ops)}
-    a, b = halved(before, cell.prepare[0]), conv_norm(F.relu(last), cell.prepare[1])
+    a, b = halved(before, cell.preprocess[0]), conv_norm(F.relu(last), cell.preprocess[1])
     first, second = op["sep_conv_3x3"]
     two = separable(separable(a, first, stride=2, padding=1), second, padding=1) + F.max_pool2d(b, 3, 2, 1)
     three = halved(b, op["skip_connect"]) + separable(two, op["dil_conv_5x5"][0], padding=4, dilation=2)
