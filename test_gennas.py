@@ -1017,7 +1017,7 @@ def test_every_space(name):
     "nb101": [json.dumps([MATRIX, CELL_OPS]), str((MATRIX, CELL_OPS)), json.dumps({"matrix": MATRIX, "ops": CELL_OPS}),
               f"{{'module_adjacency': array({MATRIX}, dtype=int8), 'module_operations': {CELL_OPS}}}"],
     "nbmacro": ["01201201", "[0, 1, 2, 0, 1, 2, 0, 1]", "'01201201'"],
-    "darts": [DARTS, json.dumps(DARTS_NET | {"width": 16.0}), f"DARTS_V2 = {DARTS}\n", f"01/02 03:04:05 genotype = {DARTS}",
+    "darts": [DARTS, json.dumps(DARTS_NET | {"width": 16.0}), f"DARTS_V2 = {DARTS}\n", f"01/02 genotype = {DARTS}",
               f"Genotype({NORMAL}, range(2, 6), {REDUCE}, list(range(2, 6)))", DARTS.replace(NORMAL, NESTED),
               DARTS.replace("normal_concat=[2, 3, 4, 5]", "normal_concat=range(2,6)")],
     "darts-fix-in": [DARTS, json.dumps(DARTS_NET | {"width": 32, "depth": 22})],
