@@ -1203,7 +1203,7 @@ def main(argv: list[str] | None = None) -> None:
         wrong = str(error)
     finally:
         if pool:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)  # after Ctrl-C no worker is waited for
     if torchrun:
         broadcast()
     if wrong:
