@@ -970,6 +970,7 @@ DARTS = f"Genotype(normal={NORMAL}, normal_concat=[2, 3, 4, 5], reduce={REDUCE},
 NESTED = re.sub(r"(\(\S+ \d\), \(\S+ \d\))", r"[\1]", NORMAL)
 DARTS_NET = {"genotype": {"normal": eval(NORMAL), "normal_concat": [2, 3, 4, 5], "reduce": eval(REDUCE),
                           "reduce_concat": [2, 3, 4, 5]}, "width": 16, "depth": 20, "aux": False}
+CHAIN = tuple(("skip_connect", i // 2) for i in range(10))  # of five nodes, of which the last two feed no other
 MATRIX, CELL_OPS = [[0, 1, 1], [0, 0, 1], [0, 0, 0]], ["input", "maxpool3x3", "output"]
 FULL = [[int(j > i) for j in range(7)] for i in range(7)]
 
@@ -999,6 +1000,7 @@ def test_every_space(name):
         assert hash(arch) is not None and space.parse(space.format(arch)) == arch
         child = space.mutate(arch, rng)
         assert space.key(child) != space.key(arch) and space.parse(space.format(child)) == child
+        assert name != "nbnlp" or space.valid(child)
     space, arch = small_space(name)
     if name == "nbnlp":
         assert space.build(arch)(torch.randn(2, 5, 6)).shape == (2, 5, 6)
@@ -1052,6 +1054,7 @@ def test_what_people_paste(name, spellings):
     ("darts", DARTS.replace("skip_connect', 2", "noise', 2"), "op 'noise' in reduce"),
     ("darts", DARTS.replace("dil_conv_3x3', 2", "dil_conv_3x3', 5"), "input 5 of node 5 in normal, expected one of 0"),
     ("darts", DARTS.replace("concat=[2, 3, 4, 5]", "concat=[2, 3]"), "normal_concat [2, 3], expected [2, 3, 4, 5]"),
+    ("enas", str(Genotype(CHAIN, (2, 3, 4, 5, 6), CHAIN, (5, 6))), "normal_concat [2, 3, 4, 5, 6], expected [5, 6]"),
     ("darts", DARTS.replace("[2, 3, 4, 5]", "range(print(1))"), "neither JSON nor Python: 'print(1)'"),
     ("pnas", DARTS, "8 (op, input) in normal, expected 10"), ("darts", '{"width": 16, "depth": 20}', "no 'genotype'"),
     ("darts-in", json.dumps(DARTS_NET | {"width": 36}), "width 36, expected one of 32, 48, 64, 80, 96"),
@@ -1121,6 +1124,8 @@ def test_nb201_network_against_its_definition():
                 deep = conv_norm(F.relu(conv_norm(F.relu(x), first, stride=2)), second)
                 x = deep + F.conv2d(F.avg_pool2d(x, 2), shortcut[1].weight)
             built = {op: module for (op, _), module in zip(TINY.graph(arch)[1:], cell.ops)}  # no dead ones
+            norms = [module for module in cell.modules() if isinstance(module, nn.BatchNorm2d)]
+            assert not any(module.affine or module.track_running_stats for module in norms)
             nodes = [x, 0 * x, 0 * x, 0 * x]
             for (i, j), op in zip(TINY.EDGES, arch):
                 if op == "skip_connect":
@@ -1157,6 +1162,21 @@ def test_nb101_and_macro_keys():
         order = another_order([[i for i in range(7) if matrix[i][j]] for j in range(7)], rng)
         twin = NB101Cell(tuple(tuple(matrix[i][j] for j in order) for i in order), tuple(ops[i] for i in order))
         assert space.key(twin) == space.key(arch)
+
+
+def test_nb101_mutations_and_initial_weights():
+    """Of 21 possible edges three flip on average, of 5 operations one; but the child must be valid."""
+    space, rng = NB101(), random.Random(0)
+    parents = [space.random(rng) for _ in range(300)]
+    children = [space.mutate(parent, rng) for parent in parents]
+    edges, ops = (np.mean([(np.array(a[field]) != np.array(b[field])).sum() for a, b in zip(parents, children)])
+                  for field in (0, 1))
+    assert 1.8 < edges < 3.3 and 0.8 < ops < 1.2
+    for space in (space, search_spaces.get("resnext-a")):
+        for module in space.build(space.random(random.Random(0))).modules():
+            if isinstance(module, nn.Conv2d) and module.weight.numel() > 3000:
+                scale = module.kernel_size[0] ** 2 * module.out_channels / 2
+                assert module.weight.var().item() * scale == pytest.approx(1, rel=0.15)
 
 
 def test_nb101_cell_by_hand():
