@@ -746,11 +746,12 @@ class Residual(SearchSpace):
     """The residual spaces of NDS (Radosavovic et al., ICCV 2019), CIFAR or ImageNet (`-in`). The blocks of the network
     to regress with have 1/`shrink` of the channels, but at least one for each of their groups."""
     task = "resnet"
-    RESNEXT = {"ds": (1, 2, 4, 8, 16), "ws": (), "bot_muls": (0.25, 0.5, 1.0)}
     KINDS = {  # field of the net dict -> its values
         "resnet": {"ds": tuple(range(1, 25)), "ws": tuple(range(16, 257, 8))},
-        "resnext-a": RESNEXT | {"ws": (16, 32, 64, 128, 256), "num_gs": (1, 2, 4)},
-        "resnext-b": RESNEXT | {"ws": (64, 128, 256, 512, 1024), "num_gs": (1, 2, 4, 8, 16)},
+        "resnext-a": {"ds": (1, 2, 4, 8, 16), "ws": (16, 32, 64, 128, 256), "bot_muls": (.25, .5, 1.0),
+                      "num_gs": (1, 2, 4)},
+        "resnext-b": {"ds": (1, 2, 4, 8, 16), "ws": (64, 128, 256, 512, 1024), "bot_muls": (.25, .5, 1.0),
+                      "num_gs": (1, 2, 4, 8, 16)},
     }
     STEMS: dict[int, Callable[[int, int], list[nn.Module]]] = {
         # total stride of the stem -> its layers, given the width and the stride of each layer that has one
