@@ -692,6 +692,12 @@ class CellNetwork(nn.Module):
 
         reductions = depth // 3, 2 * depth // 3
         self.taps = *(i - 1 for i in reductions), depth - 1
+        self.alive = set(self.taps)  # the cells that reach a tap; what others make is no part of the network
+        for i in reversed(range(depth)):
+            if i in self.alive:
+                read = {j for op, inputs in graphs[i in reductions] for j in inputs if op != "none"}
+                self.alive |= {i - 2 + j for j in read & {0, 1}}
+
         self.cells = nn.ModuleList()
         c_prev_prev = c_prev = width if imagenet else 3 * width
         reduction_prev = imagenet and whole
@@ -708,7 +714,8 @@ class CellNetwork(nn.Module):
         taps, maps = [], []
         for i, cell in enumerate(self.cells):
             before, last = last, cell(before, last)
-            maps.append(last)
+            if i in self.alive:
+                maps.append(last)
             if i in self.taps:
                 taps.append(torch.cat(maps, 1) if self.all_blocks else last)
                 maps = []

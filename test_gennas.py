@@ -1257,6 +1257,14 @@ def test_darts_keys():
         assert space.key(arch._replace(width=arch.width * 2)) != key != space.key(arch._replace(depth=arch.depth + 1))
 
 
+def test_taps_have_no_dead_cells():
+    """Where cells read only the one before the last, every other one reaches no tap: heads do not read it."""
+    pairs = [("sep_conv_3x3", 0), ("none", 1)] * 4
+    for space in (Cells("darts"), Cells("darts", all_blocks=True)):
+        network = space.build(cell_net(space, pairs, pairs, 4, 6))  # reductions at 2 and 4, taps after 1, 3 and 5
+        assert [tap.shape[1] for tap in network(torch.randn(2, 3, 16, 16))] == [16, 32, 64]
+
+
 @pytest.mark.parametrize("name", ["nb101", "nb201", "nbmacro", "pnas-in", "amoeba", "resnet", "resnext-b-in"])
 def test_taps_of_all_blocks(name):
     """The last block's maps end such a tap, before them stand those of the others, in the order in which they run."""
