@@ -119,7 +119,7 @@ def separable(kernel: int, dilation: int = 1, times: int = 2) -> Callable:
 
 def factorized(k: int) -> Callable:
     return lambda c, stride: relu_conv_bn(nn.Conv2d(c, c, (1, k), (1, stride), (0, k // 2), bias=False),
-                                     nn.Conv2d(c, c, (k, 1), (stride, 1), (k // 2, 0), bias=False))
+                                         nn.Conv2d(c, c, (k, 1), (stride, 1), (k // 2, 0), bias=False))
 
 
 OPS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> constructor(channels, stride)
@@ -163,7 +163,7 @@ class SearchSpace:
             wrong = f"no {error}"
         except ValueError as error:
             wrong = str(error)
-        except (AttributeError, IndexError, MemoryError, RecursionError, TypeError):  # nothing like an architecture
+        except (AttributeError, IndexError, TypeError):  # nothing like an architecture
             wrong = repr(text.strip()[:60])
         raise ValueError(f"not a network of {self.name}: {wrong}; expected {self.spelling}")
 
@@ -257,7 +257,7 @@ def literal(text: str) -> Any:
         try:
             return value_of(ast.parse(text[:end], mode="eval").body)
         except SyntaxError as error:
-            raise ValueError(f"neither JSON nor Python: {text[error.offset - 1:]!r:.60}") from None
+            raise ValueError(f"neither JSON nor Python: {error.text[error.offset - 1:]!r:.60}") from None
 
 
 def value_of(node: ast.expr) -> Any:
@@ -270,7 +270,7 @@ def value_of(node: ast.expr) -> Any:
         case ast.Dict(keys, values):
             return dict(zip(map(value_of, keys), map(value_of, values)))
         case ast.Call(ast.Name("range"), ends):
-            return [*range(*map(value_of, ends))[:99]]  # no text fills the memory
+            return [*range(*map(value_of, ends))]
         case ast.Call(ast.Name("list" | "tuple" | "array"), [value]):
             return value_of(value)
         case ast.Call(ast.Name("Genotype"), values, words):
@@ -336,7 +336,7 @@ class NB201(SearchSpace):
         return self.NAMES.format(*arch)
 
     def build(self, arch: tuple[str, ...], whole: bool = False) -> nn.Module:
-        """Unless `whole`, the cells' batch norms neither learn nor remember, as in the code of GenNAS's authors."""
+        """Build the network; unless `whole`, cells' batch norms neither learn nor remember, as in GenNAS's code."""
         graph = self.graph(arch, whole)
         width, cells = (16, 5) if whole else (self.width, self.cells)
         if not graph[-1].inputs:
@@ -405,7 +405,7 @@ class NB101(SearchSpace):
                 return arch
 
     def neighbour(self, arch: NB101Cell, rng: random.Random) -> NB101Cell:
-        """Each possible edge of 7 vertices flips with chance 1/7, each operation becomes another with chance 1/5."""
+        """Flip each possible edge of 7 vertices with chance 1/7, change each operation with chance 1/5."""
         n, missing = self.VERTICES, self.VERTICES - len(arch.ops)
         old_ops = *arch.ops[1:-1], *(rng.choice(self.OPS) for _ in range(missing))  # isolated
         rows = [[*row[:-1], *[0] * missing, row[-1]] for row in arch.matrix]
@@ -512,13 +512,13 @@ class NBMacro(SearchSpace):
         return arch[:layer] + another("012", arch[layer], rng) + arch[layer + 1:]
 
     def key(self, arch: str) -> str:
-        """An identity that changes no shape is nothing."""
+        """Leave out identities that change no shape."""
         return " ".join(arch[start] + arch[start + 1:end].replace("0", "") for start, end in self.STAGES)
 
     def read(self, text: str) -> str:
-        listed = text.startswith("[")
-        word, rest = ("", "") if listed else re.match(r"(\S*)(.*)", text, re.S).groups()
-        digits = [*map(str, literal(text) if listed else word)]
+        digits, rest = re.fullmatch(r"(\d*)(.*)", text, re.S).groups()
+        if text.startswith("["):
+            digits, rest = [*map(str, literal(text))], ""
         for digit in digits:
             require(digit in ("0", "1", "2"), f"digit {digit!r}")
         require(len(digits) == 8, f"{len(digits)} digits, expected 8")
@@ -605,7 +605,7 @@ class Cells(SearchSpace):
         return Genotype(*fields)
 
     def neighbour(self, arch: CellNet, rng: random.Random) -> CellNet:
-        """Another operation or another input in one place, or another width or depth."""
+        """Change one operation, one input, the width or the depth."""
         places = [*product(("op", "input"), range(2), range(2 * self.nodes))]
         what, cell, i = rng.choice(places if self.fixed else [*places, ("width", 0, 0), ("depth", 0, 0)])
         if what in ("width", "depth"):
@@ -695,8 +695,8 @@ class CellNetwork(nn.Module):
         self.alive = set(self.taps)  # the cells that reach a tap; what others make is no part of the network
         for i in reversed(range(depth)):
             if i in self.alive:
-                read = {j for op, inputs in graphs[i in reductions] for j in inputs if op != "none"}
-                self.alive |= {i - 2 + j for j in read & {0, 1}}
+                graph = graphs[i in reductions]
+                self.alive |= {i - 2 + j for op, inputs in graph if op != "none" for j in inputs if j < 2}
 
         self.cells = nn.ModuleList()
         c_prev_prev = c_prev = width if imagenet else 3 * width
@@ -777,7 +777,7 @@ class Residual(SearchSpace):
         self.spelling = f"an NDS net dict of block_type, ss, {', '.join(self.choices)}, the first entries the stem's"
 
     def random(self, rng: random.Random) -> ResidualNet:
-        """Uniform; ResNet's blocks and widths log-uniform. Of the block types, the first."""
+        """Draw uniformly, ResNet's blocks and widths log-uniformly; of the block types, the first."""
         lists = {}
         for field, values in self.choices.items():
             weights = None if self.bottleneck else [1 / value for value in values]
@@ -785,7 +785,7 @@ class Residual(SearchSpace):
         return ResidualNet(self.blocks[0], ss=self.strides, **lists)
 
     def neighbour(self, arch: ResidualNet, rng: random.Random) -> ResidualNet:
-        """Another value in one place."""
+        """Change one value."""
         field = rng.choice([*self.choices])
         values = getattr(arch, field)
         stage = rng.randrange(1, len(values))
@@ -806,8 +806,8 @@ class Residual(SearchSpace):
         require([*net["ss"]] == [*self.strides], f"ss {net['ss']}, expected {[*self.strides]}")
         for field, values in self.choices.items():
             lists[field] = tuple(value if value % 1 else int(value) for value in net[field])
-            count = len(self.strides)
-            require(len(lists[field]) == count, f"{len(lists[field])} {field}, expected {count}")
+            found, right = len(lists[field]), len(self.strides)
+            require(found == right, f"{found} {field}, expected {right}")
             for stage, value in enumerate(lists[field]):
                 if stage == 0 and field != "ws":  # not used
                     require(0 <= value < math.inf, f"{field} {value} of the stem, expected a number >= 0")
@@ -872,7 +872,7 @@ class NBNLP(SearchSpace):
         self.widths, self.reservoir = widths, reservoir
 
     def random(self, rng: random.Random) -> tuple[Node, ...]:
-        """The benchmark's generator: nodes on earlier ones, some of them the new hidden states, until all is used."""
+        """Draw as the benchmark does: nodes on earlier ones, some of them the new hidden states, until all is used."""
         while True:
             previous = [f"h_prev_{i}" for i in range(rng.choice((1, 2, 3)))]
             size = len(previous) + rng.choice((7, 14, 21))
@@ -924,7 +924,7 @@ class NBNLP(SearchSpace):
         return [nodes[name] for name in order if name in nodes]
 
     def neighbour(self, arch: tuple[Node, ...], rng: random.Random) -> tuple[Node, ...]:
-        """Another activation, a sum for a product or the reverse, or another input in one place."""
+        """Change one activation or input, or a sum to a product or the reverse."""
         place = rng.randrange(len(arch))
         node = arch[place]
         kin = next((ops for ops in self.KIN if node.op in ops), ())
@@ -984,7 +984,7 @@ class NBNLP(SearchSpace):
         return json.dumps({name: {"op": op, "input": list(inputs)} for name, op, inputs in arch})
 
     def build(self, arch: tuple[Node, ...], whole: bool = False) -> nn.Module:
-        """`whole`: with the word embedding, whose weights the decoder shares."""
+        """Build the network, if `whole` with the word embedding, whose weights the decoder shares."""
         widths = (400, 600, 600, 400) if whole else self.widths
         network = RecurrentNetwork(self.graph(arch, whole), widths, self.reservoir)
         if not whole:
