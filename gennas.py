@@ -618,6 +618,18 @@ def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[
     return history
 
 
+def finale(history: list[tuple[Any, float]], key: Callable, evaluate: Callable[[list], list[float]],
+           finalists: int = 10) -> list[tuple[Any, float]]:
+    """Return the best different networks of an evolution, each with the score that `evaluate` gives it, best first.
+
+    Not in the paper. What is on top after hundreds of draws stands there partly by luck of its parameters and images.
+    So `evaluate` trains with seeds that the evolution did not use, and the old scores no longer count.
+    """
+    networks = {key(arch): (arch, value) for arch, value in reversed(history)}
+    archs = [arch for arch, _ in sorted(networks.values(), key=lambda pair: pair[1])[:finalists]]
+    return sorted(zip(archs, evaluate(archs)), key=lambda pair: pair[1])
+
+
 def draw_within(limits: dict[str, int], space: Any, draw: Callable, *given: Any) -> Any:
     """Return draw(*given), repeated until the benchmark's own network is within limits, {"params": most, ...}."""
     for _ in range(500):
@@ -731,10 +743,11 @@ class Scorer:
         self.record, self.progress = Record(), Progress()
         self.workers: Callable[[list[Item]], Iterable[tuple[Name, Trained]]] = self.map  # or what else trains
 
-    def __call__(self, archs: list[Any], task: AnyTask | None = None) -> list[float]:
-        task, keys, known = task or self.task, [self.space.key(arch) for arch in archs], self.record.known
-        digest, arch_of = task.digest(), dict(zip(keys, archs))
-        asked = Counter((digest, seed, key) for key in keys for seed in self.seeds)  # trainings, and how often each
+    def __call__(self, archs: list[Any], task: AnyTask | None = None, seeds: range | None = None) -> list[float]:
+        task, seeds, known = task or self.task, seeds or self.seeds, self.record.known
+        keys, digest = [self.space.key(arch) for arch in archs], task.digest()
+        arch_of = dict(zip(keys, archs))
+        asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # trainings, and how often each
 
         self.progress.advance(sum(asked[name] for name in asked if name in known))
         items = [(name, task, arch_of[name[2]]) for name in asked if name not in known]  # those to be done
@@ -742,8 +755,8 @@ class Scorer:
             self.record.add(name, self.space.format(arch_of[name[2]]), trained)
             self.progress.advance(asked[name], new=1)
 
-        weights, n = self.weights(task), len(self.seeds)
-        scores = [sum(score(weights, known[digest, seed, key]) for seed in self.seeds) / n for key in keys]
+        weights = self.weights(task)
+        scores = [sum(score(weights, known[digest, seed, key]) for seed in seeds) / len(seeds) for key in keys]
         self.progress.best = min([self.progress.best, *scores])
         return scores
 
@@ -963,12 +976,12 @@ def plot_history(path: str, history: list[tuple[Any, float]], label: str, title:
 
 # ------------------------------------------------------------------------------------------------------------- modes
 # Each mode reads its input, begins, prints its result, and returns what --json adds to it.
-def begin(scorer: Scorer, args: argparse.Namespace, networks: int) -> None:
+def begin(scorer: Scorer, args: argparse.Namespace, trainings: int) -> None:
     """Open the record and tell what is run, now that all input is known to be right."""
     task = None if args.mode == "search-task" else json.loads(replace(scorer.task, weights=None).to_json())
     scorer.record = Record(args.out, scorer.made_with() | {"task": task})
     if not args.quiet:
-        scorer.progress = Progress(networks * args.seeds)
+        scorer.progress = Progress(trainings)
         print(f"gennas: {args.mode} {scorer.name}, {f'task {args.task or scorer.own_task}, ' if task else ''}"
               f"{scorer.settings.steps} steps, images {scorer.images_name}, on {scorer.device}", file=sys.stderr)
 
@@ -982,18 +995,25 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     draw, mutate = (partial(draw_within, limits, space, method) for method in (space.random, space.mutate))
     draw(random.Random(args.seed))  # limits that nothing meets are told before anything is trained
 
-    begin(scorer, args, args.population + args.cycles)
-    history = regularized_evolution(draw, mutate, scorer, random.Random(args.seed), **args.evolution)
-    networks = {space.key(arch): (arch, value) for arch, value in reversed(history)}
-    arch, best = min(networks.values(), key=lambda pair: pair[1])
-    check(best < math.inf, f"scores of {len(networks)} networks", best, "a finite one: all diverged")
+    seeds = range(scorer.seeds.stop, scorer.seeds.stop + 2) if args.finalists else scorer.seeds
 
-    text, params = space.format(arch), int(space.params(arch))
-    print(f"{text}\nscore {best:.4f}, {params:,} parameters; the best of {len(history)} evaluated architectures, "
-          f"{len(networks)} different networks")
+    begin(scorer, args, (args.population + args.cycles) * args.seeds + (args.finalists or 1) * len(seeds))
+    history = regularized_evolution(draw, mutate, scorer, random.Random(args.seed), **args.evolution)
+    best = finale(history, space.key, partial(scorer, seeds=seeds), args.finalists or 1)
+    check(best[0][1] < math.inf, f"scores of {len(best)} networks", best[0][1], "a finite one: all diverged")
+
+    results = [{"arch": space.format(arch), "loss": finite(value), "params": int(space.params(arch))}
+               for arch, value in best]
+    unique = len({space.key(arch) for arch, _ in history})
+    print(f"{results[0]['arch']}\nscore {best[0][1]:.4f}, {results[0]['params']:,} parameters; the best of "
+          f"{len(history)} evaluated architectures, {unique} different networks")
+    if args.finalists:
+        print(f"\nThe finalists, by seeds {seeds[0]} and {seeds[1]}:\nrank     score   parameters  architecture")
+    for rank, (result, (_, value)) in enumerate(zip(results[:args.finalists], best), start=1):
+        print("{:>4} {:>9.4f} {params:>12,}  {arch}".format(rank, value, **result))
     if args.plot:
         plot_history(args.plot, history, "score")
-    return {"arch": text, "loss": best, "params": params, "evaluated": len(history), "unique": len(networks)}
+    return results[0] | {"evaluated": len(history), "unique": unique, "finalists": results[:args.finalists]}
 
 
 def run_score(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
@@ -1002,7 +1022,7 @@ def run_score(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     archs = [scorer.space.parse(text) for text in texts if text.strip()]
     check(bool(archs), "--mode score", args.arch, "ARCH [ARCH ...], or - and one a line on stdin")
 
-    begin(scorer, args, len(archs))
+    begin(scorer, args, len(archs) * args.seeds)
     print(f"{'score':>9} {'parameters':>12} {'seconds':>8}  architecture")
     results, chunk = [], 8 * args.workers
     for some in (archs[start:start + chunk] for start in range(0, len(archs), chunk)):
@@ -1035,7 +1055,7 @@ def load_labels(scorer: Scorer, args: argparse.Namespace) -> tuple[list, list]:
 def run_correlate(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     """Compare the ranking by score with that by recorded values."""
     archs, values = zip(*load_labels(scorer, args)[0])
-    begin(scorer, args, len(archs))
+    begin(scorer, args, len(archs) * args.seeds)
     scores, values = np.array(scorer(list(archs))), np.array(values)
     rho, tau, interval = (statistic(-scores, values) for statistic in (spearman, kendall, spearman_interval))
     check(not math.isnan(rho), f"scores of {len(archs)} networks", scores[0], "different ones")
@@ -1088,7 +1108,11 @@ def rho_of(scorer: Scorer, labels: list, task: AnyTask) -> float:
 
 
 def run_show(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
-    """Show a task: as JSON and, with --plot, its signals."""
+    """Show a task: as JSON, with --plot its signals, and how a network is scored by it."""
+    weights = scorer.weights(scorer.task)
+    formula = " ".join(f"{weight:+g} {term}" for term, weight in weights.items())
+    fitted = weights == scorer.preset.weights != {"log loss": 1.0}
+    print(f"gennas: score = {formula}{', chosen on labels of this benchmark' * fitted}", file=sys.stderr)
     print(scorer.task.to_json())
     if args.plot:
         plot_signals(scorer, args.plot)
@@ -1110,6 +1134,7 @@ OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belo
     "tournament": ("N", SEARCHES, "members drawn, of which the best is mutated (10; of tasks 5, paper 10)"),
     "cycles": ("N", SEARCHES, "children after the first queue (400; of tasks 20, paper 400)"),
     "batch": ("N", SEARCHES, "children made from the same queue (8; of tasks 1, paper 1)"),
+    "finalists": ("N", ("search",), "the answer is the best of N by two fresh seeds; 0: by the search (10; paper 0)"),
     "max-params": ("N", ("search",), "search among networks of at most N parameters"),
     "max-flops": ("N", ("search",), "and of at most N operations an image; a multiply-add is two"),
     "labels": ("FILE", LABELLED, "a JSON list of [architecture, value], higher = better"),
@@ -1143,7 +1168,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.arch and args.mode != "score":
         parser.error(f"ARCH belongs to --mode score, not to --mode {args.mode}")
     for name, (metavar, modes, _) in OPTIONS.items():
-        value, least = getattr(args, name.replace("-", "_")), int(name not in ("steps", "seed", "cycles"))
+        value, least = getattr(args, name.replace("-", "_")), int(name not in ("steps", "seed", "cycles", "finalists"))
         if value != defaults.get(name) and args.mode not in modes:
             parser.error(f"--{name} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
         if metavar == "N" and value is not None and value < least:
@@ -1157,6 +1182,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.tournament = args.tournament or min(tournament, args.population)
     args.batch = args.batch or min(batch, args.population)
     args.cycles = cycles if args.cycles is None else args.cycles
+    args.finalists = 10 * fast if args.finalists is None else args.finalists
     args.evolution = {name: getattr(args, name) for name in ("population", "tournament", "cycles", "batch")}
     for name in ("tournament", "batch"):
         if getattr(args, name) > args.population:

@@ -18,6 +18,7 @@ import signal as os_signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -520,6 +521,18 @@ def test_evolution_by_hand(batch, places, queues, found, sizes):
     assert history == [(candidate, abs(candidate - 25)) for candidate in found]
 
 
+def test_finale_by_hand():
+    """The old scores choose who is trained again, each network once; the new ones alone rank them."""
+    asked, history = [], [("a", 3.0), ("B", 2.0), ("c", 9.0), ("b", 2.0), ("D", 4.0), ("A", 3.0)]
+
+    def evaluate(archs: list[str]) -> list[float]:
+        asked.append(archs)
+        return [{"B": 7.0, "a": math.inf, "D": 6.0}[arch] for arch in archs]
+
+    assert gennas.finale(history, str.lower, evaluate, 3) == [("D", 6), ("B", 7), ("a", math.inf)]
+    assert asked == [["B", "a", "D"]]
+
+
 @pytest.mark.parametrize("kind", [Task, RnnTask])
 def test_random_and_mutated_tasks(kind):
     """Draws are valid and read back; each field has the chances of the paper's task space; mutation redraws a fifth."""
@@ -696,7 +709,7 @@ def is_alive(pid: int) -> bool:
 def undisturbed(tmp_path_factory) -> tuple[dict, dict]:
     """Result and record of SEARCH in this process alone."""
     found = search_here(out := tmp_path_factory.mktemp("search") / "out.jsonl")
-    assert found["evaluated"] == 14 and len(recorded(out)) == found["unique"]
+    assert found["evaluated"] == 14 and len(recorded(out)) == found["unique"] + 2 * len(found["finalists"])
     return found, recorded(out)
 
 
@@ -766,14 +779,33 @@ def plot_to(path: Path) -> tuple:
 def test_search(run, result, tmp_path):
     command = "--population", 4, "--tournament", 2, "--cycles", 4, "--batch", 2, *plot_to(tmp_path / "search.png")
     found = result(*command)
-    assert found.keys() == set("mode space task preset images arch loss params evaluated unique".split())
-    assert found["evaluated"] == 8 >= found["unique"]
+    assert found.keys() == set("mode space task preset images arch loss params evaluated unique finalists".split())
+    assert found["evaluated"] == 8 >= found["unique"] and result(*command) == found
     assert found["params"] == NB201().params(NB201().parse(found["arch"]))
-    scored = result("--mode", "score", found["arch"])["results"]
-    assert scored[0]["loss"] == found["loss"] and result(*command) == found
     assert result(*command, "--seed", 1)["loss"] != found["loss"]
     assert not plot_to(tmp_path) or (tmp_path / "search.png").stat().st_size > 5000
-    assert found["arch"] in run(*command)[1].splitlines()[0]
+    lines = run(*command)[1].splitlines()
+    assert found["arch"] == lines[0] and found["arch"] in lines[5] and len(lines) == 5 + found["unique"]
+
+
+def test_finalists(result, tmp_path):
+    """They are ranked by two seeds that the search did not use; without them the answer is what the search found."""
+    out = tmp_path / "out.jsonl"
+    command = "--population", 5, "--tournament", 2, "--cycles", 4, "--steps", 1, "--seeds", 2, "--out", out
+    found = result(*command, "--finalists", 3)
+    finalists = found["finalists"]
+    assert found["arch"] == finalists[0]["arch"] and finalists[0].items() <= found.items()
+    assert finalists == sorted(finalists, key=lambda finalist: finalist["loss"]) and len(finalists) == 3
+    again = result("--mode", "score", *[one["arch"] for one in finalists], "--steps", 1, "--seed", 2, "--seeds", 2)
+    assert [one["loss"] for one in again["results"]] == [one["loss"] for one in finalists]
+
+    seeds = Counter(seed for _, seed, _ in recorded(out))
+    assert seeds == {0: found["unique"], 1: found["unique"], 2: 3, 3: 3}
+    plain, lines = result(*command, "--finalists", 0), out.read_bytes()
+    archs = parse(*[json.loads(line)["arch"] for line in lines.splitlines()[1:]])
+    values = Scorer(TINY, steps=1, seeds=2)(archs)
+    assert plain["loss"] == pytest.approx(min(values), abs=1e-4) and plain["finalists"] == []
+    assert result(*command) != plain and out.read_bytes() != lines  # 10 by default, the others of them trained now
 
 
 def test_search_within_limits(result, tmp_path):
@@ -846,8 +878,9 @@ def test_search_task(run, result, tmp_path):
 
 def test_show(run, tmp_path):
     for name in ("combo", "darts"):
-        status, stdout, _ = run("--mode", "show", "--task", name, *plot_to(tmp_path / f"{name}.png"))
+        status, stdout, stderr = run("--mode", "show", "--task", name, *plot_to(tmp_path / f"{name}.png"))
         assert status == 0 and gennas.task_from_json(stdout) == gennas.TASKS[name]
+        assert stderr.startswith("gennas: score = +1 log loss -0.03 log params\n")
         assert not plot_to(tmp_path) or (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
