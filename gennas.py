@@ -5,8 +5,9 @@ Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (Neu
 
 1. A task says which mix of synthetic signals a network's three stages must reproduce, given one batch of images.
 2. The network is trained on it for a few steps; what it does not reproduce is its loss.
-3. The log of the loss makes its score (here, in some spaces, with that of its size): the lower, the better.
-4. Regularized evolution searches the architecture of the best score, or, on labelled architectures, the best task.
+3. The log of the loss is its score (the preset "fast" adds other terms, see PRESETS): the lower, the better.
+4. Regularized evolution searches the architecture of the best score, or, on labelled architectures, the best task. What
+   it finds is trained again with fresh seeds: the finale.
 
 Above the banner stands the method, in the order in which it runs: signal bases, task, images, regression, score, rank
 correlation, evolution. Below it stands what runs it: `Scorer`, the way in from Python; record, workers, pictures; the
@@ -61,7 +62,7 @@ class Preset(NamedTuple):
     """The way in which the networks of a family of spaces are trained and scored."""
     settings: Settings
     sizes: dict[str, Any] = {}  # of the network that is trained: arguments of the space's class in search_spaces
-    weights: dict[str, float] = {"log loss": 1.0}  # of the terms of a score; others than these are chosen on labels
+    weights: dict[str, float] = {"log loss": 1.0}  # of the terms of a score; all but this default were chosen on labels
     task: str | None = None  # None: the space's own
 
 
@@ -77,15 +78,14 @@ PRESETS: dict[str, dict[str, Preset]] = {
         # stage 1 ranks nb101 and nb201 backwards
         "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True},
                         {"log loss": 1.0, "log loss 2 after": 1.0}),
-        # five cells a stage, as in the benchmark, and what training has gained tell the best apart
+        # five cells a stage, as in the benchmark, and how far stage 3 has come from "before" tell the best apart
         "nb201": Preset(replace(FAST, steps=10, learning_rate=0.3, batch=8, side=24, stage_weights=(0.0, 0.5, 1.0)),
                         {"width": 8, "cells": 5, "all_blocks": True},
                         {"log loss": 1.0, "log params": -0.07, "log loss 3 before": -0.15}),
-        # early losses punish depth, which is good here, so that the loss alone ranks backwards
+        # here depth is good, and early losses punish it: the loss alone ranks backwards
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32), {"width": 8}, {
             "log loss": 1.0, "log loss 1 after": 7.0, "log loss 2 after": -1.4, "log loss 3 before": -0.2}, "combo"),
-        "nbnlp": Preset(replace(FAST, steps=72, batch=32, size=4),
-                        {"reservoir": True, "widths": (100, 150, 150, 100)}),
+        "nbnlp": Preset(replace(FAST, steps=72, batch=32, size=4), {"reservoir": True, "widths": (100, 150, 150, 100)}),
         **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
         **dict.fromkeys(("resnet", "resnext-a"), RESIDUAL),
         "resnext-b": RESIDUAL._replace(sizes={"shrink": 4, "all_blocks": True}),
@@ -298,13 +298,13 @@ COMBO = Task(Noise("gaussian", 0.0), (  # the authors' task that is made by hand
     Stage(64, (Signal("sin1d", 1.0, True, HIGH), Signal("dot", 1.0, True, density=1.0), Signal("resize", 1.0)))))
 
 
-def task_from_json(text: str | bytes) -> AnyTask:
+def task_from_json(text: str | bytes, name: str = "task") -> AnyTask:
     """Return the task that `to_json` wrote. ValueError tells what is absent, unknown or out of range."""
     try:
         task = json.loads(text, object_hook=part_from_json)
         check(isinstance(task, AnyTask), "JSON", task, "an object with stages, or with dimension, input and target")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"task: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     return task
 
 
@@ -532,8 +532,8 @@ TERMS = tuple(terms(Trained(1.0, [[1.0]] * 3, 1)))
 
 
 def score(weights: dict[str, float], trained: Trained) -> float:
-    """Return the weighted sum of terms, lower is better; infinity for a network that diverged. The paper's weights are
-    {"log loss": 1}, which ranks as the loss does. A term that the training lacks counts 0."""
+    """Return the weighted sum of terms, lower is better: infinity for a network that diverged. {"log loss": 1} are the
+    paper's weights. A term that the training lacks counts 0."""
     if not math.isfinite(trained.loss):
         return math.inf
     values = terms(trained)
@@ -625,10 +625,10 @@ def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[
 
 def finale(history: list[tuple[Any, float]], key: Callable, evaluate: Callable[[list], list[float]],
            finalists: int = 10) -> list[tuple[Any, float]]:
-    """Return the best different networks of an evolution, each with the score that `evaluate` gives it, best first.
+    """Score the best different networks of an evolution anew, and return all (architecture, new score), best first.
 
     Not in the paper. What is on top after hundreds of draws stands there partly by luck of its parameters and images.
-    So `evaluate` trains with seeds that the evolution did not use, and the old scores no longer count.
+    So `evaluate` should use seeds that the evolution did not; the old scores no longer count.
     """
     networks = {key(arch): (arch, value) for arch, value in reversed(history)}
     archs = [arch for arch, _ in sorted(networks.values(), key=lambda pair: pair[1])[:finalists]]
@@ -744,11 +744,11 @@ class Scorer:
         check(type(self.task) is type(read_task(self.own_task)), "task", task, f"one like {self.own_task}")
         self.images = None if images == "synthetic" else read_images(images, self.settings.batch)
         self.images_name = images if self.images is None else f"sha256 {digest_of(self.images.numpy().tobytes())}"
-        self.plain_weights = {"log loss": 1.0, "log params": self.preset.weights.get("log params", 0.0)}
         self.record, self.progress = Record(), Progress()
         self.workers: Callable[[list[Item]], Iterable[tuple[Name, Trained]]] = self.map  # or what else trains
 
     def __call__(self, archs: list[Any], task: AnyTask | None = None, seeds: range | None = None) -> list[float]:
+        """Return the scores, by another task or by the mean over other seeds if given."""
         task, seeds, known = task or self.task, seeds or self.seeds, self.record.known
         keys, digest = [self.space.key(arch) for arch in archs], task.digest()
         arch_of = dict(zip(keys, archs))
@@ -779,13 +779,15 @@ class Scorer:
         return Regression(task, images, self.settings, seed, self.device)
 
     def trained(self, arch: Any, task: AnyTask | None = None) -> list[Trained]:
-        """Return what the trainings gave, one for each seed, of an architecture that was scored."""
+        """Return what the trainings gave, one for each of its own seeds, of an architecture that was scored."""
         return [self.record.known[(task or self.task).digest(), seed, self.space.key(arch)] for seed in self.seeds]
 
     def weights(self, task: AnyTask) -> dict[str, float]:
         """Return a score's weights: the task's own; for the preset's task and steps the preset's; else of two terms."""
-        own = task == read_task(self.own_task) and self.settings == self.preset.settings
-        return task.weights or (self.preset.weights if own else self.plain_weights)
+        weights = self.preset.weights
+        if task != read_task(self.own_task) or self.settings != self.preset.settings:
+            weights = {term: weights[term] for term in ("log loss", "log params") if term in weights}
+        return task.weights or weights
 
     def made_with(self) -> dict[str, Any]:
         """Return all that a training depends on beside its name, as a record has it."""
@@ -912,11 +914,10 @@ def train_share(scorer: Scorer, items: list[Item]) -> Iterator[tuple[Name, Train
     except Exception as error:
         share = error
     distributed.gather_object(share, shares)
-    for share in shares or []:
-        yield from [] if isinstance(share, Exception) else share
-    for share in shares or []:
+    for share in sorted(shares or [], key=lambda share: isinstance(share, Exception)):  # what was trained comes first
         if isinstance(share, Exception):
             raise share
+        yield from share
 
 
 def serve(scorer: Scorer) -> None:
@@ -1001,19 +1002,18 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     draw(random.Random(args.seed))  # limits that nothing meets are told before anything is trained
 
     seeds = range(scorer.seeds.stop, scorer.seeds.stop + 2) if args.finalists else scorer.seeds
-
     begin(scorer, args, (args.population + args.cycles) * args.seeds + (args.finalists or 1) * len(seeds))
     history = regularized_evolution(draw, mutate, scorer, random.Random(args.seed), **args.evolution)
     best = finale(history, space.key, partial(scorer, seeds=seeds), args.finalists or 1)
-    check(best[0][1] < math.inf, f"scores of {len(best)} networks", best[0][1], "a finite one: all diverged")
+    unique = len({space.key(arch) for arch, _ in history})
+    check(best[0][1] < math.inf, f"scores of {unique} networks", best[0][1], "a finite one: all diverged")
 
     results = [{"arch": space.format(arch), "loss": finite(value), "params": int(space.params(arch))}
                for arch, value in best]
-    unique = len({space.key(arch) for arch, _ in history})
-    print(f"{results[0]['arch']}\nscore {best[0][1]:.4f}, {results[0]['params']:,} parameters; the best of "
-          f"{len(history)} evaluated architectures, {unique} different networks")
+    print(f"{results[0]['arch']}\nscore {best[0][1]:.4f}{' in the finale' * bool(args.finalists)}, "
+          f"{results[0]['params']:,} parameters; {len(history)} evaluated architectures, {unique} different networks")
     if args.finalists:
-        print(f"\nThe finalists, by seeds {seeds[0]} and {seeds[1]}:\nrank     score   parameters  architecture")
+        print(f"\nFinale, by seeds {seeds[0]} and {seeds[1]}:\nrank     score   parameters  architecture")
     for rank, (result, (_, value)) in enumerate(zip(results[:args.finalists], best), start=1):
         print("{:>4} {:>9.4f} {params:>12,}  {arch}".format(rank, value, **result))
     if args.plot:
@@ -1023,8 +1023,8 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
 
 def run_score(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     """Score given architectures."""
-    texts = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch
-    archs = [scorer.space.parse(text) for text in texts if text.strip()]
+    texts, space = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch, scorer.space
+    archs = [space.parse(text) for text in texts if text.strip()]
     check(bool(archs), "--mode score", args.arch, "ARCH [ARCH ...], or - and one a line on stdin")
 
     begin(scorer, args, len(archs) * args.seeds)
@@ -1033,28 +1033,26 @@ def run_score(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     for some in (archs[start:start + chunk] for start in range(0, len(archs), chunk)):
         for arch, value in zip(some, scorer(some)):
             seconds = round(sum(trained.seconds for trained in scorer.trained(arch)), 3)
-            results.append({"arch": scorer.space.format(arch), "loss": finite(value),
-                            "params": int(scorer.space.params(arch)), "seconds": seconds})
+            results.append({"arch": space.format(arch), "loss": finite(value), "params": int(space.params(arch)),
+                            "seconds": seconds})
             print("{:>9.4f} {params:>12,} {seconds:>8.2f}  {arch}".format(value, **results[-1]), flush=True)
     if args.plot:
-        curves = {scorer.space.key(arch): (scorer.space.format(arch)[:70], scorer.trained(arch)[0]) for arch in archs}
+        curves = {space.key(arch): (space.format(arch)[:70], scorer.trained(arch)[0].losses[-1]) for arch in archs}
         plot_lines(args.plot, ("training steps", "loss of the last stage"), *(
-            (text, range(len(trained.losses[-1])), np.array(trained.losses[-1], float), "-")
-            for text, trained in curves.values()))
+            (text, range(len(losses)), np.array(losses, float), "-") for text, losses in curves.values()))
     return {"results": results}
 
 
 def load_labels(scorer: Scorer, args: argparse.Namespace) -> tuple[list, list]:
     """Return the first --limit labels, (architecture, value), and those of the others that are of no equal network."""
-    labels = getattr(scorer.space, "labels", None)
-    if args.labels:
-        import search_spaces
-        labels = search_spaces.load_labels(scorer.space, args.labels)
+    import search_spaces
+    space = scorer.space
+    labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
     check(bool(labels), "--labels", args.labels, f"a FILE, as {scorer.name} has no labels of its own")
     first, rest = labels[:args.limit], labels[args.limit or len(labels):]
     check(len({value for _, value in first}) > 1, f"values of {len(first)} labels", first[0][1], "different ones")
-    seen = {scorer.space.key(arch) for arch, _ in first}
-    return first, [(arch, value) for arch, value in rest if scorer.space.key(arch) not in seen]
+    seen = {space.key(arch) for arch, _ in first}
+    return first, [(arch, value) for arch, value in rest if space.key(arch) not in seen]
 
 
 def run_correlate(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
@@ -1086,7 +1084,7 @@ def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     draw = partial(mutate_task, scorer.task) if args.task else partial(random_task, kind=type(scorer.task))
 
     begin(scorer, args, (args.population + args.cycles) * len(labels) + len(others))
-    history = search_task([replace(task, weights=scorer.plain_weights) for task in start], draw,
+    history = search_task([replace(task, weights=scorer.weights(task)) for task in start], draw,
                           partial(rho_of, scorer, labels), random.Random(args.seed), **args.evolution)
     task, rho = max(((task, -value) for task, value in history), key=lambda pair: pair[1])
     weights, rho_left_out = fit_weights([scorer.trained(arch, task)[0] for arch, _ in labels],
@@ -1113,11 +1111,10 @@ def rho_of(scorer: Scorer, labels: list, task: AnyTask) -> float:
 
 
 def run_show(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
-    """Show a task: as JSON, with --plot its signals, and how a network is scored by it."""
-    weights = scorer.weights(scorer.task)
-    formula = " ".join(f"{weight:+g} {term}" for term, weight in weights.items())
-    fitted = weights == scorer.preset.weights != {"log loss": 1.0}
-    print(f"gennas: score = {formula}{', chosen on labels of this benchmark' * fitted}", file=sys.stderr)
+    """Show a task as JSON, the formula of its score and, with --plot, its signals."""
+    formula = " ".join(f"{weight:+g} {term}" for term, weight in scorer.weights(scorer.task).items() if weight)
+    chosen = "" if scorer.task.weights or formula == "+1 log loss" else "; the weights were chosen on labels"
+    print(f"gennas: score = {formula}{chosen}", file=sys.stderr)
     print(scorer.task.to_json())
     if args.plot:
         plot_signals(scorer, args.plot)
@@ -1139,7 +1136,7 @@ OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belo
     "tournament": ("N", SEARCHES, "members drawn, of which the best is mutated (10; of tasks 5, paper 10)"),
     "cycles": ("N", SEARCHES, "children after the first queue (400; of tasks 20, paper 400)"),
     "batch": ("N", SEARCHES, "children made from the same queue (16; of tasks 1, paper 1)"),
-    "finalists": ("N", ("search",), "the answer is the best of N by two fresh seeds; 0: by the search (10; paper 0)"),
+    "finalists": ("N", ("search",), "the best of a search, trained again with two fresh seeds; 0: none (10; paper 0)"),
     "max-params": ("N", ("search",), "search among networks of at most N parameters"),
     "max-flops": ("N", ("search",), "and of at most N operations an image; a multiply-add is two"),
     "labels": ("FILE", LABELLED, "a JSON list of [architecture, value], higher = better"),
@@ -1291,10 +1288,7 @@ def read_task(task: AnyTask | str) -> AnyTask:
     if isinstance(task, AnyTask) or task in TASKS:
         return TASKS.get(task, task)
     check(task.endswith(".json"), "task", task, f"one of {', '.join(TASKS)} or a FILE.json")
-    try:
-        return task_from_json(Path(task).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{task}: {error}") from None
+    return task_from_json(Path(task).read_bytes(), f"task {task}")
 
 
 if __name__ == "__main__":

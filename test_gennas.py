@@ -875,12 +875,18 @@ def test_search_task(run, result, tmp_path):
     assert json.loads(task.to_json()) == fitted["task"] and fitted["evaluated"] == 1
     assert task.digest() == gennas.COMBO.digest()
 
+    steps = "--steps", gennas.PRESETS["fast"]["nb201"].settings.steps  # the preset's weights hold, none beats them here
+    scored = result("--mode", "score", *map(TINY.format, archs[:8]), *steps)["results"]
+    labels.write_text(json.dumps([[one["arch"], -one["loss"]] for one in scored]))
+    kept = result("--mode", "search-task", "--labels", labels, "--task", "nb101", "--cycles", 0, *steps)
+    assert kept["spearman"] == pytest.approx(1) and kept["task"]["weights"] == gennas.PRESETS["fast"]["nb201"].weights
+
 
 def test_show(run, tmp_path):
     for name in ("combo", "darts"):
         status, stdout, stderr = run("--mode", "show", "--task", name, *plot_to(tmp_path / f"{name}.png"))
         assert status == 0 and gennas.task_from_json(stdout) == gennas.TASKS[name]
-        assert stderr.startswith("gennas: score = +1 log loss -0.07 log params\n")
+        assert "gennas: score = +1 log loss -0.07 log params; the weights were chosen on labels\n" in stderr
         assert not plot_to(tmp_path) or (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
