@@ -969,7 +969,7 @@ def plot_lines(path: str, labels: tuple[str, str], *lines: tuple[str, Any, Any, 
     ax.set(xlabel=labels[0], ylabel=labels[1])
     ax.set_title(title, fontsize=8)
     if len(lines) > 1:
-        ax.legend(fontsize=7)
+        figure.legend(fontsize=7, loc="outside lower center")
     figure.savefig(path, dpi=100)
 
 
