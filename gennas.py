@@ -856,8 +856,9 @@ class Progress:
         self.done, self.new, now = self.done + count, self.new + new, time.monotonic()
         if self.total and now - self.shown >= 10:
             self.shown, rate = now, max(self.new, 1) / (now - self.start)
-            print(f"{self.done}/{self.total}  {rate:.2f}/s  {(self.total - self.done) / rate:.0f} s left  "
-                  f"best score {self.best:.4f}", file=sys.stderr)
+            best = f"  best score {self.best:.4f}" * (self.best < math.inf)  # known once a list is trained
+            print(f"{self.done}/{self.total}  {rate:.2f}/s  {(self.total - self.done) / rate:.0f} s left{best}",
+                  file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------- workers
