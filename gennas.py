@@ -761,9 +761,7 @@ class Scorer:
             self.progress.advance(asked[name], new=1)
 
         weights = self.weights(task)
-        scores = [sum(score(weights, known[digest, seed, key]) for seed in seeds) / len(seeds) for key in keys]
-        self.progress.best = min([self.progress.best, *scores])
-        return scores
+        return [sum(score(weights, known[digest, seed, key]) for seed in seeds) / len(seeds) for key in keys]
 
     def map(self, items: list[Item]) -> Iterator[tuple[Name, Trained]]:
         """Train each in this process; workers do the same in others."""
@@ -849,16 +847,15 @@ class Progress:
     """The progress of a run of `total` trainings: a line on stderr every ten seconds; none if the total is 0."""
 
     def __init__(self, total: int = 0):
-        self.total, self.done, self.new, self.best = total, 0, 0, math.inf
+        self.total, self.done, self.new = total, 0, 0
         self.start = self.shown = time.monotonic()
 
     def advance(self, count: int, new: int = 0) -> None:
         self.done, self.new, now = self.done + count, self.new + new, time.monotonic()
         if self.total and now - self.shown >= 10:
             self.shown, rate = now, max(self.new, 1) / (now - self.start)
-            best = f"  best score {self.best:.4f}" * (self.best < math.inf)  # known once a list is trained
-            print(f"{self.done}/{self.total}  {rate:.2f}/s  {(self.total - self.done) / rate:.0f} s left{best}",
-                  file=sys.stderr)
+            left = (self.total - self.done) / rate
+            print(f"{self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------- workers
@@ -1002,6 +999,7 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     draw, mutate = (partial(draw_within, limits, space, method) for method in (space.random, space.mutate))
     draw(random.Random(args.seed))  # limits that nothing meets are told before anything is trained
 
+    # without a finale the best is scored by the search's own seeds, which costs nothing
     seeds = range(scorer.seeds.stop, scorer.seeds.stop + 2) if args.finalists else scorer.seeds
     begin(scorer, args, (args.population + args.cycles) * args.seeds + (args.finalists or 1) * len(seeds))
     history = regularized_evolution(draw, mutate, scorer, random.Random(args.seed), **args.evolution)
@@ -1085,8 +1083,7 @@ def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     draw = partial(mutate_task, scorer.task) if args.task else partial(random_task, kind=type(scorer.task))
 
     begin(scorer, args, (args.population + args.cycles) * len(labels) + len(others))
-    history = search_task([replace(task, weights=scorer.weights(task)) for task in start], draw,
-                          partial(rho_of, scorer, labels), random.Random(args.seed), **args.evolution)
+    history = search_task(start, draw, partial(rho_of, scorer, labels), random.Random(args.seed), **args.evolution)
     task, rho = max(((task, -value) for task, value in history), key=lambda pair: pair[1])
     weights, rho_left_out = fit_weights([scorer.trained(arch, task)[0] for arch, _ in labels],
                                         [value for _, value in labels])
@@ -1113,7 +1110,7 @@ def rho_of(scorer: Scorer, labels: list, task: AnyTask) -> float:
 
 def run_show(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     """Show a task as JSON, the formula of its score and, with --plot, its signals."""
-    formula = " ".join(f"{weight:+g} {term}" for term, weight in scorer.weights(scorer.task).items() if weight)
+    formula = " ".join(f"{weight:+g} {term}" for term, weight in scorer.weights(scorer.task).items())
     chosen = "" if scorer.task.weights or formula == "+1 log loss" else "; the weights were chosen on labels"
     print(f"gennas: score = {formula}{chosen}", file=sys.stderr)
     print(scorer.task.to_json())

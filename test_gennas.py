@@ -801,11 +801,10 @@ def test_finalists(result, tmp_path):
 
     seeds = Counter(seed for _, seed, _ in recorded(out))
     assert seeds == {0: found["unique"], 1: found["unique"], 2: 3, 3: 3}
-    plain, lines = result(*command, "--finalists", 0), out.read_bytes()
-    archs = parse(*[json.loads(line)["arch"] for line in lines.splitlines()[1:]])
-    values = Scorer(TINY, steps=1, seeds=2)(archs)
-    assert plain["loss"] == pytest.approx(min(values), abs=1e-4) and plain["finalists"] == []
-    assert result(*command) != plain and out.read_bytes() != lines  # 10 by default, the others of them trained now
+    plain, archs = result(*command, "--finalists", 0), {json.loads(line)["arch"] for line in open(out).readlines()[1:]}
+    scored = result("--mode", "score", *archs, "--steps", 1, "--seeds", 2)["results"]
+    assert plain["loss"] == min(one["loss"] for one in scored) and plain["finalists"] == []
+    assert len(result(*command)["finalists"]) == min(10, found["unique"])
 
 
 def test_search_within_limits(result, tmp_path):
@@ -875,11 +874,11 @@ def test_search_task(run, result, tmp_path):
     assert json.loads(task.to_json()) == fitted["task"] and fitted["evaluated"] == 1
     assert task.digest() == gennas.COMBO.digest()
 
-    steps = "--steps", gennas.PRESETS["fast"]["nb201"].settings.steps  # the preset's weights hold, none beats them here
+    steps = "--steps", gennas.PRESETS["fast"]["nb201"].settings.steps  # the preset's weights hold: none beats them here
     scored = result("--mode", "score", *map(TINY.format, archs[:8]), *steps)["results"]
     labels.write_text(json.dumps([[one["arch"], -one["loss"]] for one in scored]))
     kept = result("--mode", "search-task", "--labels", labels, "--task", "nb101", "--cycles", 0, *steps)
-    assert kept["spearman"] == pytest.approx(1) and kept["task"]["weights"] == gennas.PRESETS["fast"]["nb201"].weights
+    assert kept["spearman"] == pytest.approx(1) and "weights" not in kept["task"]
 
 
 def test_show(run, tmp_path):
