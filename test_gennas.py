@@ -33,9 +33,8 @@ from torch.nn import functional as F
 
 import gennas
 import search_spaces
-from gennas import (Noise, Record, Regression, RnnTask, Scorer, Settings, Signal, Stage, Task, Trained,
-                    regularized_evolution)
-from search_spaces import NB101, NB201, NBNLP, CellNet, Cells, Genotype, NB101Cell, NBMacro, Residual, Vertex
+from gennas import Noise, Record, Regression, RnnTask, Scorer, Settings, Signal, Stage, Task, Trained
+from search_spaces import NB101, NB201, NBNLP, CellNet, Cells, Genotype, NB101Cell, NBMacro, Vertex
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
@@ -45,7 +44,6 @@ DEAD = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
 FREQUENCIES = (.05, .1, .12, .2, .22, .3, .33, .4, .41, .45)
 ARCHS = list(itertools.product(NB201.OPS, repeat=6))
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs what the benchmarks recorded")
-on_linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
 TINY = NB201(width=4, cells=1)
 assert_close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 
@@ -63,22 +61,14 @@ def rng_of(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_task(*stages: tuple[Signal, ...], noise: float = 0.1) -> Task:
-    return Task(Noise("uniform", noise), tuple(Stage(5, signals) for signals in stages))
+def make_task(*stages: tuple[Signal, ...]) -> Task:
+    return Task(Noise("uniform", 0.1), tuple(Stage(5, signals) for signals in stages))
 
 
-def small_task() -> Task:
-    return make_task((Signal("sin1d", 1.0, True, FREQUENCIES),), (Signal("gdot", 2.0, False, density=0.4),),
-                     (Signal("resize", 1.5),))
-
-
-def small_rnn_task() -> RnnTask:
-    dots = Signal("dot", 1.0, True, density=0.5),
-    return RnnTask(Noise("uniform", 0.1), 7, dots, dots)
-
-
-def images(seed: int = 0) -> Tensor:
-    return gennas.synthetic_images(seed, 16)
+SMALL_TASK = make_task((Signal("sin1d", 1.0, True, FREQUENCIES),), (Signal("gdot", 2.0, False, density=0.4),),
+                       (Signal("resize", 1.5),))
+SMALL_RNN_TASK = RnnTask(Noise("uniform", 0.1), 7, *[(Signal("dot", 1.0, True, density=0.5),)] * 2)
+images = functools.partial(gennas.synthetic_images, seed=0, batch=16)
 
 
 def parse(*texts: str) -> list[Any]:
@@ -93,35 +83,31 @@ def labels_file(path: Path, space: Any, archs: Sequence) -> Path:
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """Runs a command line in this process -> (exit status, stdout, stderr); its nb201 has 4 channels, one cell."""
+    """Runs a command line here, which must end with this status -> stdout, stderr; its nb201 is tiny."""
     monkeypatch.setitem(search_spaces.SPACES, "nb201", lambda **sizes: NB201(**sizes | {"width": 4, "cells": 1}))
 
-    def call(*words) -> tuple[int, str, str]:
-        status = 0
+    def call(*words, status: int = 0) -> tuple[str, str]:
         try:
-            gennas.main(["--space", "nb201", "--steps", "2", "--workers", "1", *map(str, words)])
+            code = gennas.main(["--space", "nb201", "--steps", "2", "--workers", "1", *map(str, words)]) or 0
         except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+            code = stop.code
+        assert code == status, capsys.readouterr().err
+        return capsys.readouterr()
     return call
 
 
 @pytest.fixture
 def result(run):
     """Runs a command line that must succeed -> what --json says, without the seconds."""
-    def call(*words) -> dict[str, Any]:
-        status, stdout, stderr = run(*words, "--json")
-        assert status == 0, stderr
-        return timeless(stdout)
-    return call
+    return lambda *words: timeless(run(*words, "--json")[0])
 
 
 @pytest.fixture
 def refused(run):
     """Runs a command line that must end with exit status 2 and one line, which has the wanted words."""
     def call(wanted: Sequence[str], *words) -> None:
-        status, stdout, stderr = run(*words)
-        assert status == 2 and stdout == "" and stderr.count("\n") == 1, stderr
+        stdout, stderr = run(*words, status=2)
+        assert stdout == "" and stderr.count("\n") == 1, stderr
         assert len(stderr) < 400 and all(text in stderr for text in wanted), stderr
     return call
 
@@ -138,10 +124,9 @@ def test_waves(basis, waves):
     """Of 32 maps of each wave some are drawn, without replacement; positions count from 1."""
     rng, maps = rng_of(1), basis(rng_of(1), (2, 20, 8, 6), FREQUENCIES)
     keys, phases = torch.rand(2, 32 * len(waves), generator=rng), torch.rand(2, 20, 1, 1, generator=rng)
+    fy, fx = torch.tensor(waves)[keys.argsort(descending=True)[:, :20] // 32].movedim(-1, 0)[..., None, None]
     y, x = torch.arange(1, 9)[:, None], torch.arange(1, 7)
-    for b, c in itertools.product(range(2), range(20)):
-        fy, fx = waves[keys[b].argsort(descending=True)[c] // 32]
-        assert_close(maps[b, c], torch.sin(2 * math.pi * (fy * y + fx * x + phases[b, c])))
+    assert_close(maps, torch.sin(2 * math.pi * (fy * y + fx * x + phases)))
 
 
 @pytest.mark.parametrize("density, count", [(0, 0), (0.01, 0), (0.1, 4), (0.578125, 27), (1, 48)])
@@ -156,22 +141,17 @@ def test_dot(density, count):
 @pytest.mark.parametrize("density", [0, 0.3])
 def test_gdot(density):
     shape = 2, 3, 8, 6
-    dots, maps = gennas.dot(rng_of(5), shape, density, least=1), gennas.gdot(rng_of(5), shape, density)
-    weights = torch.tensor([math.exp(-d * d / 2) for d in range(-4, 5)])
     rows, columns = ([3, 2, 1, 0, *range(n), *range(n - 1, n - 5, -1)] for n in (8, 6))  # d c b a | a b c d | d c b a
-    for b, c in itertools.product(range(2), range(3)):
-        mirrored = dots[b, c][rows][:, columns]
-        blurred = torch.tensor([[weights @ mirrored[y:y + 9, x:x + 9] @ weights for x in range(6)] for y in range(8)])
-        assert_close(maps[b, c], blurred / blurred.abs().max())
+    mirrored = gennas.dot(rng_of(5), shape, density, least=1)[:, :, rows][..., columns]
+    gaussian = torch.exp(-torch.arange(-4, 5) ** 2 / 2)
+    blurred = F.conv2d(mirrored.view(6, 1, 16, 14), gaussian.outer(gaussian)[None, None]).view(shape)
+    assert_close(gennas.gdot(rng_of(5), shape, density), blurred / blurred.abs().amax((2, 3), keepdim=True))
 
 
 def test_resize():
-    maps = gennas.resize(rng_of(2), (16, 7, 8, 8), images())
-    colours = torch.randint(0, 3, (7,), generator=rng_of(2)).tolist()
-    small = images()[:, :, ::4, ::4]
-    for c, colour in enumerate(colours):
-        expected = 2 * (small[:, colour] - small.min()) / (small.max() - small.min()) - 1
-        torch.testing.assert_close(maps[:, c], expected, atol=1e-5, rtol=0)
+    small, colours = images()[:, :, ::4, ::4], torch.randint(0, 3, (7,), generator=rng_of(2))
+    expected = 2 * (small[:, colours] - small.min()) / (small.max() - small.min()) - 1
+    torch.testing.assert_close(gennas.resize(rng_of(2), (16, 7, 8, 8), images()), expected, atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- task
@@ -179,8 +159,7 @@ def test_targets_are_sums_of_signals_that_do_not_depend_on_each_other():
     own, shared = Signal("sin1d", 0.5, True, FREQUENCIES), Signal("dot", 2.0, False, density=0.5)
     both, first, none = make_task((own, shared), (own,), ()).draw(images(), 4)
     assert both.shape == (16, 5, 8, 8) and not none.any()
-    for order in ((own, shared), (shared, own)):  # and not on their place
-        torch.testing.assert_close(make_task(order, (), ()).draw(images(), 4)[0], both)
+    torch.testing.assert_close(make_task((shared, own), (), ()).draw(images(), 4)[0], both)  # and not on their place
     rest = both - make_task((own,), (), ()).draw(images(), 4)[0]
     torch.testing.assert_close(rest, rest[:1].expand_as(rest))
     assert set(rest.abs().round(decimals=4).unique().tolist()) == {0, 2}
@@ -194,53 +173,38 @@ def test_tasks_read_back_what_they_write():
     for name, known in gennas.TASKS.items():
         assert gennas.task_from_json(known.to_json()) == known == gennas.read_task(name), name
         assert all(target.isfinite().all() and target.std() > 0 for target in known.draw(images(), 0)), name
-    weighted = replace(small_task(), weights={"log params": -1.0, "log loss": 2.0})
-    assert gennas.task_from_json(weighted.to_json()) == weighted != small_task()
+    weighted = replace(SMALL_TASK, weights={"log params": -1.0, "log loss": 2.0})
+    assert gennas.task_from_json(weighted.to_json()) == weighted != SMALL_TASK
     data = json.loads(weighted.to_json().replace("1.0", "1").replace("2.0", "2"))
     data["stages"][0]["signals"][0] = dict(reversed(data["stages"][0]["signals"][0].items()))
     other = gennas.task_from_json(json.dumps(dict(reversed(data.items()))))
-    assert other == weighted and other.digest() == small_task().digest()
-    assert replace(small_task(), noise=Noise("uniform", 0.2)).digest() != other.digest()
-
-
-@needs_shared
-def test_tasks_as_published():
-    authors = json.loads((SHARED / "published_tasks.json").read_text())
-    assert authors.keys() == gennas.TASKS.keys()
-    for name, data in authors.items():
-        assert json.loads(gennas.TASKS[name].to_json()) == data, name
-        assert gennas.task_from_json(json.dumps(data)) == gennas.TASKS[name], name
+    assert other == weighted and other.digest() == SMALL_TASK.digest()
+    assert replace(SMALL_TASK, noise=Noise("uniform", 0.2)).digest() != other.digest()
 
 
 @pytest.mark.parametrize("place, value", [
-    ("noise", None), ("noise.kind", "pink"), ("noise.level", -1), ("noise.level", math.nan), ("stages", []),
-    ("stages.0", 3), ("stages.0.channels", 0), ("stages.0.channels", 641), ("stages.0.channels", 8.0),
-    ("stages.0.signals", None), ("stages.0.signals.0", "dot"), ("stages.0.signals.0.basis", "cos"),
-    ("stages.0.signals.0.basis", []), ("stages.0.signals.0.level", "1"), ("stages.0.signals.0.level", None),
-    ("stages.0.signals.0.frequencies", [0.1] * 9), ("stages.0.signals.0.frequencies.3", 0.5),
-    ("stages.0.signals.0.frequencies", None), ("stages.1.signals.0.density", 1.01),
-    ("stages.0.signals.0.density", 0.5), ("stages.2.signals", [{"basis": "resize", "level": 1.0}] * 2), ("surplus", 1),
-    ("stages.0.surplus", 1), ("stages.0.signals", {}), ("stages.0.signals.0.per_sample", "false"),
-    ("weights", {"loss": 1.0}), ("weights", {"log loss": math.inf}), ("weights", [1]),
-], ids=str)
-def test_a_task_field_out_of_range(place, value):
-    data = json.loads(small_task().to_json())
-    *path, name = [int(step) if step.isdecimal() else step for step in place.split(".")]
+    ("", []), ("", None), ("", {}), ("", [*range(100_000)]), (".surplus", 1), (".stages.0.surplus", 1), (".stages", []),
+    (".noise", None), (".noise.kind", "pink"), (".noise.level", -1), (".noise.level", math.nan), (".stages.0", 3),
+    *[(".stages.0.channels", value) for value in (0, 641, 8.0)], (".stages.0.signals", None), (".stages.0.signals", {}),
+    (".stages.0.signals.0", "dot"), *[(".stages.0.signals.0.basis", value) for value in ("cos", [])],
+    *[(".stages.0.signals.0.level", value) for value in ("1", None, -1)],
+    *[(".stages.0.signals.0.frequencies", value) for value in ([0.1] * 9, [0.1] * 9 + [0.5], None)],
+    (".stages.0.signals.0.density", 0.5), (".stages.1.signals.0.density", 1.01),
+    (".stages.0.signals.0.per_sample", "false"), (".stages.2.signals", [{"basis": "resize", "level": 1.0}] * 2),
+    *[(".weights", value) for value in ({"loss": 1.0}, {"log loss": math.inf}, [1])],
+], ids=lambda value: str(value)[:40])
+def test_a_task_with_something_wrong(place, value):
+    data = {"task": json.loads(SMALL_TASK.to_json())}
+    *path, name = [int(step) if step.isdecimal() else step for step in f"task{place}".split(".")]
     functools.reduce(lambda part, step: part[step], path, data)[name] = value
-    with pytest.raises(ValueError, match="^task: "):
-        gennas.task_from_json(json.dumps(data))
-
-
-@pytest.mark.parametrize("text", ["nonsense", "[1, 2]", "null", "{}", json.dumps(list(range(100_000)))])
-def test_tasks_that_are_none(text):
     with pytest.raises(ValueError, match="^task: .{,240}$"):
-        gennas.task_from_json(text)
+        gennas.task_from_json(json.dumps(data["task"]))
 
 
 # ----------------------------------------------------------------------------------------------------------- images
 def test_synthetic_images():
     a = images()
-    assert a.shape == (16, 3, 32, 32) and torch.equal(a, images(0)) and not torch.equal(a, images(1))
+    assert a.shape == (16, 3, 32, 32) and torch.equal(a, images()) and not torch.equal(a, images(seed=1))
     assert a.mean((0, 2, 3)).abs().max() < 1e-5 and (a.std((0, 2, 3)) - 1).abs().max() < 1e-5
     many = gennas.synthetic_images(0, 400)
     amplitude = torch.fft.fft2(many).abs().square().mean((0, 1)).sqrt()[0]  # along x
@@ -261,37 +225,34 @@ def test_images_from_files(tmp_path):
         loaded = gennas.read_images(str(tmp_path / name), 16)
         assert loaded.shape == (16, 3, 32, 32)  # larger by nearest
         np.testing.assert_allclose(loaded[:, :, ::2, 1::2], expected.transpose(0, 3, 1, 2), atol=1e-4, err_msg=name)
+    mine = Scorer(TINY, steps=2, images=str(tmp_path / "a.npy"))
+    assert mine(parse(RICH)) != scores_of(RICH) and mine.made_with()["images"].startswith("sha256 ")
 
 
 # ------------------------------------------------------------------------------------------------------- regression
 class Linear:
-    """A space of one network whose taps are 1x1 convolutions of the image, to check the training by hand; the network
-    "bad" gives infinite maps."""
-    name, key, format, params, parse = "linear", *[staticmethod(lambda arch: arch)] * 4
-
-    class Body(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mix = nn.Conv2d(3, 2, 1)
-
-        def forward(self, x):
-            return [self.mix(x), self.mix(x)[:, :, ::2, ::2], self.mix(x)[:, :, ::4, ::4]]
+    """A space whose taps are a 1x1 convolution of the image at three sides, to check the training by hand; the taps of
+    "bad" are infinite, those of "constant" constant."""
+    name, key, format = "linear", *[staticmethod(lambda arch: arch)] * 2
+    sides, width = (32, 16, 8), 2
 
     def build(self, arch):
-        body = self.Body()
-        if arch == "bad":
-            nn.init.constant_(body.mix.bias, math.inf)
+        body = nn.Conv2d(3, self.width, 1)
+        nn.init.constant_(body.bias, math.inf if arch == "bad" else 0)
+        if arch == "constant":
+            nn.init.zeros_(body.weight)
+        body.forward = lambda x, conv=body.forward: [F.interpolate(conv(x), size=side) for side in self.sides]
         return body
 
 
 @pytest.mark.parametrize("kind", ["uniform", "gaussian"])
 def test_regression_by_hand(kind):
     """Three steps and the final loss written out: noise, heads, loss, momentum, weight decay."""
-    task = replace(small_task(), noise=Noise(kind, 0.3))
+    task = replace(SMALL_TASK, noise=Noise(kind, 0.3))
     trained = Regression(task, images(), Settings(steps=3), seed=7)(Linear(), "a")
     with torch.random.fork_rng():
         torch.manual_seed(gennas.seed_of("weights", "linear", "a", 7))
-        body = Linear.Body()
+        body = Linear().build("a")
         heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 5, 1)) for _ in range(3))
     parameters = [*body.parameters(), *heads.parameters()]
     velocity, expected = [torch.zeros_like(p) for p in parameters], []
@@ -299,7 +260,7 @@ def test_regression_by_hand(kind):
     for step in range(4):
         noise = torch.empty(16, 3, 32, 32).to(memory_format=torch.channels_last)
         noise = noise.uniform_(-1, 1, generator=rng) if kind == "uniform" else noise.normal_(generator=rng)
-        tap = body.mix(images() + 0.3 * noise)[:, :, ::4, ::4]  # all three, resized
+        tap = body(images() + 0.3 * noise)[2]  # all three, resized
         heads.train(step < 3)  # the last pass uses running statistics
         stages = [((head(tap) - target) ** 2).mean() for head, target in zip(heads, task.draw(images(), 7))]
         loss = 0.25 * stages[0] + 0.5 * stages[1] + stages[2]
@@ -317,7 +278,7 @@ def scores_of(*texts: str, seed: int = 0) -> list[float]:
 
 
 def test_score_is_pure():
-    """Independent of order, of the global generators, which it leaves alone, and of the process."""
+    """Independent of order and of the global generators, which it leaves alone."""
     def state() -> tuple:
         return torch.get_num_threads(), torch.backends.cudnn.deterministic, torch.get_rng_state().tolist()
 
@@ -329,72 +290,40 @@ def test_score_is_pure():
     torch.manual_seed(2)
     assert scores_of(other, RICH) == [b, a] and a != b
     assert scores_of(RICH, seed=1) != [a]
-    code = f"import test_gennas as t; print(t.scores_of({RICH!r}))"
-    fresh = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-    assert json.loads(fresh.stdout) == [a]
-
-
-def test_equal_keys_equal_losses():
-    regression = Regression(small_task(), images(), Settings(steps=2))
-    for archs in random.Random(6).sample([archs for archs in classes().values() if len(archs) > 1], 8):
-        assert regression(TINY, archs[0]) == regression(TINY, archs[-1])
-
-
-def plain_ridge(features: np.ndarray, target: np.ndarray, ridge: float) -> float:
-    """By numpy's least squares, on the features with sqrt(ridge N) I below them, and below the target zeros."""
-    n, c = features.shape
-    features = (features - features.mean(0)) / np.sqrt(features.var(0) + 1e-5)
-    below = np.vstack([features, math.sqrt(ridge * n) * np.eye(c)]), np.vstack([target, np.zeros((c, target.shape[1]))])
-    head = np.linalg.lstsq(*below, rcond=None)[0]
-    return ((features @ head - target) ** 2).mean() + ridge * (head ** 2).sum() / target.shape[1]
 
 
 @pytest.mark.parametrize("n, c", [(40, 7), (12, 30), (9, 9), (16, 1)])
 def test_ridge_loss(n, c):
-    """The two forms are the best head's loss; the gradient is that of the solution differentiated throughout."""
+    """Both forms give the loss of the normal equations' head, and the gradient of all of it differentiated."""
     features = torch.randn(n, c, generator=rng_of(n), dtype=torch.double, requires_grad=True)
     target = torch.randn(n, 5, generator=rng_of(c), dtype=torch.double)
     target -= target.mean(0)
-    loss = gennas.ridge_loss(features, target, 0.3)
-    assert loss.item() == pytest.approx(plain_ridge(features.detach().numpy(), target.numpy(), 0.3), rel=1e-9)
-    f = F.batch_norm(features, None, None, training=True)
-    head = torch.linalg.solve(f.T @ f + 0.3 * n * torch.eye(c), f.T @ target)
-    whole = F.mse_loss(f @ head, target) + 0.3 * head.square().sum() / 5
-    assert_close(*(torch.autograd.grad(x, features)[0] for x in (loss, whole)))
-
-
-class Taps(nn.Module):
-    """A network whose taps are its images, resized, with the channels repeated and scaled."""
-
-    def __init__(self, side: int, repeats: int, scale: float):
-        super().__init__()
-        self.side, self.repeats = side, repeats
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.scale * F.interpolate(x, size=self.side).repeat(1, self.repeats, 1, 1)] * 3
+    f = (features - features.mean(0)) / (features.var(0, unbiased=False) + 1e-5).sqrt()
+    head = torch.linalg.solve(f.T @ f + 0.3 * n * torch.eye(c, dtype=torch.double), f.T @ target)
+    losses = gennas.ridge_loss(features, target, 0.3), F.mse_loss(f @ head, target) + 0.3 * head.square().sum() / 5
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, features)[0] for loss in losses))
 
 
 @pytest.mark.parametrize("side", [1, 3, 8, 16])
-@pytest.mark.parametrize("repeats, scale", [(1, 1.0), (300, 1.0), (1, 0.0)])
-def test_solved_heads_of_a_network(side, repeats, scale):
-    """A tap that is smaller than the target has the target's means to regress; of a zero tap all of it is left."""
-    space = Linear()
-    space.build = lambda arch: Taps(side, repeats, scale)
-    task = replace(small_task(), noise=Noise("uniform", 0))
-    trained = Regression(task, images(), Settings(steps=0, batch=4, ridge=0.1))(space, "a")
-    small, expected = min(side, 8), 0
-    for weight, target in zip((0.25, 0.5, 1), task.draw(images()[:4], 0, 4, 8)):
-        f = scale * F.interpolate(F.interpolate(images()[:4], size=side), size=small).repeat(1, repeats, 1, 1)
-        f, y = (x.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for x in (f, F.adaptive_avg_pool2d(target, small)))
-        expected += weight * plain_ridge(f, y - y.mean(0), 0.1)
+@pytest.mark.parametrize("arch, width", [("a", 3), ("a", 300), ("constant", 3)])
+def test_solved_heads_of_a_network(side, arch, width):
+    """A tap that is smaller than the target has the target's means to regress; of a constant tap all of it is left."""
+    space, task = Linear(), replace(SMALL_TASK, noise=Noise("uniform", 0))
+    space.sides, space.width = [side] * 3, width
+    body, small, expected = space.build(arch), min(side, 8), 0
+    space.build = lambda arch: body
+    trained = Regression(task, images(), Settings(steps=0, batch=4, ridge=0.1))(space, arch)
+    for weight, tap, target in zip((0.25, 0.5, 1), body(images()[:4]), task.draw(images()[:4], 0, 4, 8)):
+        maps = F.interpolate(tap, size=small), F.adaptive_avg_pool2d(target, small)
+        f, y = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps)
+        expected += weight * gennas.ridge_loss(f, y - y.mean(0), 0.1).item()
     assert trained.loss == pytest.approx(expected, rel=1e-4) and [len(curve) for curve in trained.losses] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("space, task", [(TINY, small_task()), (NBNLP((8, 9, 9, 8), True), small_rnn_task())])
+@pytest.mark.parametrize("space, task", [(TINY, SMALL_TASK), (NBNLP((8, 9, 9, 8), True), SMALL_RNN_TASK)])
 def test_solved_heads_train_the_network(space, task):
-    settings = Settings(steps=20, ridge=0.1, rnn_learning_rate=0.005)
-    task = replace(task, noise=Noise("uniform", 0))
+    task, settings = replace(task, noise=Noise("uniform", 0)), Settings(20, ridge=0.1, rnn_learning_rate=0.005)
     trained = Regression(task, images(), settings)(space, space.random(random.Random(4)))
     first, *_, last, _ = np.sum(trained.losses, axis=0)
     assert last < 0.995 * first
@@ -402,7 +331,7 @@ def test_solved_heads_train_the_network(space, task):
 
 def test_a_stage_that_does_not_count_and_small_images():
     settings = Settings(steps=4, ridge=0.1, batch=4, side=16, stage_weights=(0.0, 2.0, 0.0))
-    regression = Regression(small_task(), images(), settings)
+    regression = Regression(SMALL_TASK, images(), settings)
     none, curve, nothing = (trained := regression(TINY, *parse(RICH))).losses
     assert none == nothing == [] and len(curve) == 5 and trained.loss == pytest.approx(2 * curve[-1])
     plain = F.interpolate(images()[:4], size=16, mode="bilinear", antialias=True)
@@ -414,7 +343,7 @@ def test_no_step_waits_for_the_device():
         calls = []
         for steps in (2, 5):
             with torch.profiler.profile() as profile:
-                Regression(small_task(), images(), Settings(steps=steps, ridge=ridge))(TINY, *parse(RICH))
+                Regression(SMALL_TASK, images(), Settings(steps=steps, ridge=ridge))(TINY, *parse(RICH))
             counts = {event.key: event.count for event in profile.key_averages()}
             assert counts["aten::convolution_backward"] % steps == 0
             calls.append([counts.get(name, 0) for name in ("aten::item", "aten::_local_scalar_dense")])
@@ -438,14 +367,13 @@ def test_score_by_weights():
 def test_fit_weights():
     """By the normal equations, and each left-out prediction by a fit without it; a diverged network is the last."""
     rng = np.random.default_rng(0)
-    logs = rng.normal(size=(30, 2))
-    networks = [Trained(math.exp(a), [[], [math.exp(b), 1.0]], 7) for a, b in logs]
-    values = list(-2 * logs[:, 0] + 0.5 * logs[:, 1] + rng.normal(size=30))
-    x = logs - np.median(logs, 0)
-    typical = np.median(abs(x), 0)
-    x = np.clip(x / typical, -4, 4)
-    x = x - x.mean(0)
-    y = gennas.ranks([-value for value in values])
+    x = rng.permuted(np.tile([[-1.5], [-1], [-0.5], [0.5], [1], [1.5]], (5, 2)), axis=0)  # of median 0, deviation 1
+    x[x.argmax(0), [0, 1]] = 9, 7
+    networks = [Trained(math.exp(a), [[], [math.exp(2 * b), 1.0]], 7) for a, b in x]
+    x = x.clip(max=4)  # as far as one network counts
+    x -= x.mean(0)
+    values = list(-2 * x[:, 0] + 0.5 * x[:, 1] + rng.normal(size=30))
+    y = gennas.ranks(np.negative(values))
     y = (y - y.mean()) / y.std()
 
     def fit(rows) -> np.ndarray:
@@ -453,12 +381,9 @@ def test_fit_weights():
 
     weights, rho = gennas.fit_weights(networks, values)
     assert list(weights) == ["log loss", "log loss 2 before"]  # the others are constant or absent
-    np.testing.assert_allclose(list(weights.values()), fit(slice(None)) / typical, rtol=1e-3)
+    np.testing.assert_allclose(list(weights.values()), fit(slice(None)) / [1, 2], rtol=1e-3)
     left_out = [-x[i] @ fit(np.arange(30) != i) for i in range(30)]
-    assert rho == pytest.approx(gennas.spearman(left_out, values), abs=0.002)
-    scores = [gennas.score(weights, trained) for trained in networks]
-    assert gennas.spearman([-value for value in scores], values) > rho > 0.6
-
+    assert rho == pytest.approx(gennas.spearman(left_out, values), abs=0.002) and rho > 0.6
     diverged = [*networks, Trained(math.nan, [[], [math.nan] * 2], 7)]
     assert gennas.fit_weights(diverged, [*values, -99.0])[1] > gennas.fit_weights(diverged, [*values, 99.0])[1]
     assert math.isnan(gennas.fit_weights(networks[:2], values[:2])[1])
@@ -467,14 +392,12 @@ def test_fit_weights():
 # ------------------------------------------------------------------------------------------------- rank correlation
 def test_rank_correlations_by_definition():
     rng = np.random.default_rng(0)
-    pairs = list(itertools.combinations(range(15), 2))
     for _ in range(20):
         a, b = rng.integers(0, 6, 15), rng.integers(0, 6, 15)  # many ties
         place_a, place_b = ([(v < x).sum() + ((v == x).sum() + 1) / 2 for x in v] for v in (a, b))
         assert gennas.spearman(a, b) == pytest.approx(np.corrcoef(place_a, place_b)[0, 1])
-        concordance = sum(np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in pairs)
-        untied = [sum(v[i] != v[j] for i, j in pairs) for v in (a, b)]
-        assert gennas.kendall(a, b) == pytest.approx(concordance / math.sqrt(untied[0] * untied[1]))
+        x, y = (np.sign(np.subtract.outer(v, v)).ravel() for v in (a, b))  # of each pair its order
+        assert gennas.kendall(a, b) == pytest.approx(x @ y / math.sqrt((x @ x) * (y @ y)))
     for statistic in (gennas.spearman, gennas.kendall):
         assert statistic([1, 2, 3], [10, 20, 30]) == pytest.approx(1) == statistic([1, 2, -math.inf], [2, 3, 1])
         for undefined in ([1, 1, 1], [math.nan, 2, 3]):
@@ -490,17 +413,6 @@ def test_bootstrap_interval():
 
 
 # -------------------------------------------------------------------------------------------------------- evolution
-class ScriptedRng:
-    """`sample` returns the members of the queue at the scripted places."""
-
-    def __init__(self, places):
-        self.places, self.queues = iter(places), []
-
-    def sample(self, queue, count):
-        self.queues.append([candidate for candidate, _ in queue])
-        return [queue[place] for place in next(self.places)][:count]
-
-
 @pytest.mark.parametrize("batch, places, queues, found, sizes", [
     # 1 2 3: of 1, 2 the better is 2 -> 12; 2 3 12: of 2, 12: 12 -> 22; 3 12 22: of 12, 22: 22 -> 32; 12 22 32: 22 -> 32
     (1, [(0, 1), (0, 2), (1, 2), (0, 1)], [[1, 2, 3], [2, 3, 12], [3, 12, 22], [12, 22, 32]],
@@ -509,72 +421,54 @@ class ScriptedRng:
 ])
 def test_evolution_by_hand(batch, places, queues, found, sizes):
     """Population 3, tournament 2; candidates are numbers, a child is its parent + 10, the loss the distance to 25."""
-    initial, rng, asked = iter([1, 2, 3]), ScriptedRng(places), []
+    initial, scripted, asked, seen = iter([1, 2, 3]), iter(places), [], []
 
-    def evaluate(candidates: list[int]) -> list[int]:
-        asked.append(len(candidates))
-        return [abs(candidate - 25) for candidate in candidates]
+    def sample(queue, count):
+        seen.append([candidate for candidate, _ in queue])
+        return [queue[place] for place in next(scripted)][:count]
 
-    history = regularized_evolution(lambda rng: next(initial), lambda parent, rng: parent + 10, evaluate, rng,
-                                    population=3, tournament=2, cycles=len(places), batch=batch)
-    assert rng.queues == queues and asked == sizes
+    history = gennas.regularized_evolution(
+        lambda rng: next(initial), lambda parent, rng: parent + 10,
+        lambda candidates: asked.append(len(candidates)) or [abs(candidate - 25) for candidate in candidates],
+        SimpleNamespace(sample=sample), population=3, tournament=2, cycles=len(places), batch=batch)
+    assert seen == queues and asked == sizes
     assert history == [(candidate, abs(candidate - 25)) for candidate in found]
 
 
 def test_finale_by_hand():
     """The old scores choose who is trained again, each network once; the new ones alone rank them."""
     asked, history = [], [("a", 3.0), ("B", 2.0), ("c", 9.0), ("b", 2.0), ("D", 4.0), ("A", 3.0)]
-
-    def evaluate(archs: list[str]) -> list[float]:
-        asked.append(archs)
-        return [{"B": 7.0, "a": math.inf, "D": 6.0}[arch] for arch in archs]
-
-    assert gennas.finale(history, str.lower, evaluate, 3) == [("D", 6), ("B", 7), ("a", math.inf)]
-    assert asked == [["B", "a", "D"]]
+    new = {"B": 7.0, "a": math.inf, "D": 6.0}
+    best = gennas.finale(history, str.lower, lambda archs: asked.append(archs) or [new[arch] for arch in archs], 3)
+    assert best == [("D", 6), ("B", 7), ("a", math.inf)] and asked == [["B", "a", "D"]]
 
 
 @pytest.mark.parametrize("kind", [Task, RnnTask])
 def test_random_and_mutated_tasks(kind):
     """Draws are valid and read back; each field has the chances of the paper's task space; mutation redraws a fifth."""
+    def fields(task: Any) -> list:
+        """What a mutation draws again: noise, channels, of each part each basis."""
+        parts = [{signal.basis: signal for signal in signals} for signals, _ in task.parts(1, 1).values()]
+        return [task.noise, *([stage.channels for stage in task.stages] if kind is Task else [task.dimension]),
+                *[part.get(basis) for part in parts for basis in gennas.BASES if kind is Task or basis != "resize"]]
+
     rng = random.Random(0)
     tasks = [gennas.random_task(rng, kind) for _ in range(1000)]
     children = [gennas.mutate_task(parent, rng) for parent in tasks]
-    assert all(child != parent for child, parent in zip(children, tasks))
     assert all(gennas.task_from_json(task.to_json()) == task and type(task) is kind for task in tasks + children)
-    assert {(task.noise.kind, task.noise.level) for task in tasks} == {
-        (noise, level / 10) for noise in ("gaussian", "uniform") for level in range(10)}
-
-    def fields(task: Any) -> dict:
-        """What a mutation draws again, of a stage or a sequence: the channels, and each basis."""
-        parts = [(stage.channels, stage.signals) for stage in task.stages] if kind is Task else [
-            (task.dimension, task.input), (task.dimension, task.target)]
-        return {(i, basis): next((s for s in signals if s.basis == basis), None) if basis else channels
-                for i, (channels, signals) in enumerate(parts) for basis in ("", *gennas.BASES)}
-
-    drawn, redrawn = list(map(fields, tasks)), list(map(fields, children))
-    signals = [value for values in drawn for value in values.values() if isinstance(value, Signal)]
-    assert {signal.level for signal in signals} == {level / 10 for level in range(5, 30)}
-    own = [signal.per_sample for signal in signals if signal.per_sample is not None]
-    assert all(own) if kind is RnnTask else 0.45 < sum(own) / len(own) < 0.55
-    frequencies = [f for signal in signals for f in signal.frequencies or ()]
-    assert 0.24 < sum(frequencies) / len(frequencies) < 0.26 and min(frequencies) < 0.02 and max(frequencies) > 0.48
-    for field in drawn[0]:
-        values = [values[field] for values in drawn]
-        changed = sum(old != new[field] for old, new in zip(values, redrawn))
-        if kind is RnnTask and field[1] == "resize":
-            assert values == [None] * 1000
-        else:  # of the redrawn fifth some are equal, as those that are absent before and after
-            assert 110 < changed < 225 and (430 < values.count(None) < 570 or set(values) == set(range(16, 97, 16)))
-
-
-def test_search_task_by_hand():
-    """The known tasks come first; fitness is maximised."""
-    start, fitness = [gennas.TASKS["combo"], gennas.TASKS["nb101"]], {}
-    history = gennas.search_task(start, functools.partial(gennas.random_task, kind=Task),
-                                 lambda task: fitness.setdefault(task, len(fitness)), random.Random(0),
-                                 population=4, tournament=2, cycles=6)
-    assert [task for task, _ in history[:2]] == start and history == [(task, -fit) for task, fit in fitness.items()]
-    assert len(history) == 10
+    assert all(child != parent for child, parent in zip(children, tasks))
+    for values, redrawn in zip(zip(*map(fields, tasks)), zip(*map(fields, children))):
+        assert 110 < sum(old != new for old, new in zip(values, redrawn)) < 260  # equal ones may be drawn again
+        signals = [value for value in values if isinstance(value, Signal)]
+        if not signals:
+            assert set(values) in (set(range(16, 97, 16)), {
+                Noise(noise, level / 10) for noise in ("gaussian", "uniform") for level in range(10)})
+            continue
+        assert 430 < len(signals) < 570 and {signal.level for signal in signals} == {n / 10 for n in range(5, 30)}
+        own = [signal.per_sample for signal in signals if signal.per_sample is not None]
+        assert all(own) if kind is RnnTask or not own else 0.4 < sum(own) / len(own) < 0.6
+        f = [f for signal in signals for f in signal.frequencies or ()]
+        assert not f or 0.23 < sum(f) / len(f) < 0.27 and min(f) < 0.02 and max(f) > 0.48
 
 
 # ----------------------------------------------------------------------------------------------------------- scorer
@@ -595,22 +489,9 @@ def test_each_network_is_trained_once(monkeypatch):
     assert [trained.loss for trained in scorer.trained(other, combo)] == [5, 6] and scorer([]) == []
 
 
-def test_the_mean_of_seeds_and_what_an_image_does(tmp_path):
-    archs = parse(RICH, "[[4],[2,3],[0,1,3]]")
-    single = [Scorer(TINY, steps=2, seed=seed)(archs) for seed in (3, 4)]
-    np.testing.assert_allclose(Scorer(TINY, steps=2, seed=3, seeds=2)(archs), np.mean(single, 0), rtol=1e-12)
-    np.save(tmp_path / "mine.npy", np.random.default_rng(0).random((16, 3, 32, 32)))
-    mine = Scorer(TINY, steps=2, seed=3, images=str(tmp_path / "mine.npy"))
-    assert mine(archs) != single[0] and mine.made_with()["images"].startswith("sha256 ")
-
-
 def test_weights_and_presets():
     """All weights of a preset hold for the family's own task and steps; else the loss and the size count."""
-    families = {name.removesuffix("-in").removesuffix("-fix") for name in search_spaces.SPACES}
-    for name, presets in gennas.PRESETS.items():
-        assert set(presets) <= families | {""}
-        assert all((preset.settings.ridge is None) == (name == "paper") for preset in presets.values())
-        assert all(set(preset.weights) <= set(gennas.TERMS) for preset in presets.values())
+    assert all({*preset.weights} <= {*gennas.TERMS} for table in gennas.PRESETS.values() for preset in table.values())
     assert Scorer("darts", "paper").own_task == "darts" and Scorer("nb201", "paper").settings == Settings()
     scorer, size = Scorer("nb201"), {"log loss": 1.0, "log params": -0.07}
     scorer.preset = scorer.preset._replace(weights=size | {"log loss 2 before": 0.5})
@@ -620,10 +501,15 @@ def test_weights_and_presets():
     assert scorer.weights(scorer.task) == size
 
 
-def test_a_diverged_network_is_the_last():
-    scorer = Scorer(Linear(), steps=2)
-    good, bad = scorer(["good", "bad"])
-    assert math.isfinite(good) and bad == math.inf and gennas.spearman([-good, -bad], [2, 1]) > 0.99
+def test_a_diverged_network_is_the_last(tmp_path):
+    """Trained, then read from its record, which is JSON, without NaN and infinity."""
+    for _ in range(2):
+        scorer = Scorer(Linear(), steps=2)
+        scorer.record = Record(str(tmp_path / "out.jsonl"), {})
+        good, bad = scorer(["good", "bad"])
+        assert math.isfinite(good) and bad == math.inf and gennas.spearman([-good, -bad], [2, 1]) > 0.99
+        text = (tmp_path / "out.jsonl").read_text()
+        assert text.count("\n") == 3 and "null" in text and "NaN" not in text and "Infinity" not in text
 
 
 def test_devices(monkeypatch):
@@ -671,14 +557,6 @@ def test_record(run, result, refused, tmp_path):
         assert (tmp_path / "notes.txt").read_text() == foreign and len(recorded(out)) == 6
 
 
-def test_a_diverged_network_in_a_record(tmp_path):
-    record, name = Record(str(tmp_path / "out.jsonl"), {}), ("task", 0, "key")
-    record.add(name, "arch", Trained(math.nan, [[], [1.0, math.inf]], 7, 0.5))
-    assert "NaN" not in (text := (tmp_path / "out.jsonl").read_text()) and "Infinity" not in text
-    read = Record(str(tmp_path / "out.jsonl"), {}).known[name]
-    assert read == Trained(math.inf, [[], [1.0, None]], 7, 0.5) and gennas.score({"log loss": 1}, read) == math.inf
-
-
 def start_process(*words, torchrun: str | None = None) -> subprocess.Popen:
     """The command line in a process of its own, or under torchrun with such options."""
     launcher = [] if torchrun is None else ["-m", "torch.distributed.run", *torchrun.split()]
@@ -699,12 +577,6 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(child) for child in listed if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def is_alive(pid: int) -> bool:
-    """And no zombie, which waits for its parent's parent."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().split(") ")[1][0] != "Z"
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[dict, dict]:
     """Result and record of SEARCH in this process alone."""
@@ -719,44 +591,31 @@ def search_here(out: Path, space: str = "nb201") -> dict[str, Any]:
     return timeless(stdout.getvalue())
 
 
-@on_linux
-@pytest.mark.parametrize("victim, status", [("main", -os_signal.SIGKILL), ("worker", 1)])
-def test_search_resumes(tmp_path, undisturbed, victim, status):
-    """A run that is killed in its middle leaves no process; the same command trains the rest and ends alike."""
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
+@pytest.mark.parametrize("victim, lines, status", [
+    ("main", 0, -os_signal.SIGKILL), ("main", 4, -os_signal.SIGKILL), ("worker", 4, 1)])
+def test_search_resumes(tmp_path, undisturbed, victim, lines, status):
+    """A run that is killed, as it starts or later, leaves no process; the same command trains the rest, ends alike."""
     out = tmp_path / "out.jsonl"
     process = start_process(*SEARCH, "--workers", 2, "--out", out)
-    assert wait_for(lambda: out.exists() and out.read_bytes().count(b"\n") >= 4)
-    workers = children(process)
-    os.kill(process.pid if victim == "main" else workers[0], os_signal.SIGKILL)
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == status and len(workers) == 2 and "Traceback" not in stderr
-    assert wait_for(lambda: not any(map(is_alive, workers)), 2)
+    assert wait_for(lambda: len(children(process)) == 2 and out.read_bytes().count(b"\n") >= lines)
+    os.kill(process.pid if victim == "main" else children(process)[0], os_signal.SIGKILL)
+    stderr = process.communicate(timeout=20)[1]  # waits for all that hold the two pipes, as workers do
+    assert process.returncode == status and "Traceback" not in stderr
     assert victim == "main" or "a worker died" in stderr.splitlines()[-1]
-    assert 3 <= len(recorded(out)) < len(undisturbed[1])
+    assert lines <= len(recorded(out)) + 1 <= len(undisturbed[1])
     assert search_here(out) == undisturbed[0] and recorded(out) == undisturbed[1]
 
 
-@on_linux
 def test_ctrl_c_cancels_what_is_left(tmp_path):
     """Of 400 networks, some 40 s of training, none is begun after those that the two workers have in hand."""
     out = tmp_path / "out.jsonl"
     process = start_process("--space", "nb201", "--population", 400, "--cycles", 0, "--workers", 2, "--out", out)
     assert wait_for(lambda: out.exists() and out.read_bytes().count(b"\n") >= 4)
-    workers = children(process)
     process.send_signal(os_signal.SIGINT)
-    stderr = process.communicate(timeout=12)[1]
+    stderr = process.communicate(timeout=12)[1]  # as above
     assert process.returncode == 130 and "interrupted; what was trained is in" in stderr and "Traceback" not in stderr
-    assert wait_for(lambda: not any(map(is_alive, workers)), 2) and len(recorded(out)) < 100
-
-
-@on_linux
-def test_no_orphans_of_a_run_that_is_killed_as_it_starts():
-    process = start_process(*SEARCH, "--workers", 3)
-    assert wait_for(lambda: len(children(process)) == 3)
-    workers = children(process)
-    process.kill()
-    process.communicate(timeout=20)  # which waits for all that hold the two pipes
-    assert wait_for(lambda: not any(map(is_alive, workers)), 5)
+    assert len(recorded(out)) < 100
 
 
 def test_torchrun(tmp_path, undisturbed):
@@ -784,7 +643,7 @@ def test_search(run, result, tmp_path):
     assert found["params"] == NB201().params(NB201().parse(found["arch"]))
     assert result(*command, "--seed", 1)["loss"] != found["loss"]
     assert not plot_to(tmp_path) or (tmp_path / "search.png").stat().st_size > 5000
-    lines = run(*command)[1].splitlines()
+    lines = run(*command)[0].splitlines()
     assert found["arch"] == lines[0] and found["arch"] in lines[5] and len(lines) == 5 + found["unique"]
 
 
@@ -830,8 +689,7 @@ def test_score_from_stdin(result, monkeypatch, tmp_path):
 
 def test_correlate(result, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(NB201, "params", lambda self, arch: arch.count("nor_conv_3x3"))
-    rng = random.Random(7)
-    archs = [TINY.random(rng) for _ in range(120)]
+    archs = random.Random(7).sample(ARCHS, 120)
     labels = labels_file(tmp_path / "labels.json", TINY, archs)
     command = "--mode", "correlate", "--labels", labels, "--steps", 0, *plot_to(tmp_path / "c.svg")
     found, n = result(*command, "--limit", 100), range(100)
@@ -851,8 +709,7 @@ def test_correlate(result, refused, tmp_path, monkeypatch):
 
 def test_search_task(run, result, tmp_path):
     """What it tells of the task that it found is what `correlate` says of it, on labels that it did not see."""
-    rng = random.Random(1)
-    archs = [TINY.random(rng) for _ in range(24)]
+    archs = random.Random(1).sample(ARCHS, 24)
     labels, out = labels_file(tmp_path / "all.json", TINY, [*archs[:12], archs[0], *archs]), tmp_path / "out.jsonl"
     command = "--mode", "search-task", "--labels", labels, "--limit", 13, "--steps", 1
     found = result(*command, "--population", 5, "--tournament", 2, "--cycles", 2, "--out", out,
@@ -870,7 +727,7 @@ def test_search_task(run, result, tmp_path):
 
     command += "--task", "combo", "--cycles", 0
     fitted = result(*command)
-    task = gennas.task_from_json(run(*command, "--quiet")[1])  # stdout is the file of a task
+    task = gennas.task_from_json(run(*command, "--quiet")[0])  # stdout is the file of a task
     assert json.loads(task.to_json()) == fitted["task"] and fitted["evaluated"] == 1
     assert task.digest() == gennas.COMBO.digest()
 
@@ -882,28 +739,24 @@ def test_search_task(run, result, tmp_path):
 
 
 def test_show(run, tmp_path):
-    for name in ("combo", "darts"):
-        status, stdout, stderr = run("--mode", "show", "--task", name, *plot_to(tmp_path / f"{name}.png"))
-        assert status == 0 and gennas.task_from_json(stdout) == gennas.TASKS[name]
-        assert "gennas: score = +1 log loss -0.07 log params; the weights were chosen on labels\n" in stderr
-        assert not plot_to(tmp_path) or (tmp_path / f"{name}.png").stat().st_size > 5000
+    stdout, stderr = run("--mode", "show", "--task", "darts", *plot_to(tmp_path / "task.png"))
+    assert gennas.task_from_json(stdout) == gennas.TASKS["darts"]
+    assert "gennas: score = +1 log loss -0.07 log params; the weights were chosen on labels\n" in stderr
+    assert not plot_to(tmp_path) or (tmp_path / "task.png").stat().st_size > 5000
 
 
 @pytest.fixture(scope="module")
 def wrong_files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wrong")
-    (folder / "empty").mkdir()
-    (folder / "mine.py").write_text("""from test_gennas import Linear
-class Bad(Linear):
-    params, random, mutate = (lambda self, arch: 10), *[lambda *_: "bad"] * 2
-""")
-    for name in ("text.txt", "text.json", "text.npz"):
-        (folder / name).write_text("plain words")
-    task = json.loads(small_task().to_json())
-    task["noise"]["level"] = 99
-    for name, content in {"object": {}, "other": [[RICH, 1], ["21012", 2]], "value": [[RICH, "high"]], "task": task,
-                          "equal": [[RICH, 1], [DEAD, 1]]}.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
+    for name, right, wrong in [  # spaces of one's own with a mistake
+            ("named", "class Plain", "class Fancy"), ("tasked", "class Plain:", "class Plain:\n    task = 'guess'"),
+            ("short", "conv_bn_relu(16, 32, second, 2), conv_bn_relu(32, 64, third, 2)", ""),
+            ("alone", "i = rng.randrange(3)", "raise ValueError('no neighbour')"),
+            ("infinite", "Stages(", "Stages(nn.Threshold(1e9, float('inf')), ")]:
+        (folder / f"{name}.py").write_text(PLAIN.replace(right, wrong))
+    for name, content in {"text.json": "words", "text.npz": "words", "task.json": SMALL_TASK.to_json().replace(
+            "0.1", "99", 1), "other.json": json.dumps([[RICH, 1], ["21012", 2]])}.items():
+        (folder / name).write_text(content)
     noise = np.random.default_rng(0).random((20, 32, 32, 3))
     arrays = {"grey": noise[..., 0], "few": noise[:3], "range": noise * 255, "flat": noise * [0, 1, 1]}
     for name, array in arrays.items():
@@ -912,34 +765,27 @@ class Bad(Linear):
 
 
 @pytest.mark.parametrize("words, wanted", [  # words of the command line, what the message must say
-    ("--space nb999", ["nb999", "nb201"]), ("--mode paint", ["paint", "search"]), ("--preset slow", ["slow", "paper"]),
+    ("--space nb999", ["nb999", "nb201"]), ("--preset slow", ["slow", "paper"]), ("--nonsense", ["nonsense"]),
     ("--steps -1", ["steps", "from 0 up"]), ("--population x", ["population", "int"]), ("--seeds 0", ["seeds", "1 up"]),
-    ("--population 5 --tournament 10", ["tournament 10", "at most the population, 5"]), ("--nonsense", ["nonsense"]),
+    ("--population 5 --tournament 10", ["tournament 10", "at most the population, 5"]),
     ("--batch 51", ["batch 51", "at most the population, 50"]),
     ("abc", ["ARCH belongs to --mode score"]), ("--limit 3", ["limit belongs to --mode correlate or search-task"]),
-    ("--mode search-task --max-params 9", ["max-params belongs to --mode search,"]),
     ("--mode search-task --seeds 2", ["seeds belongs to"]), ("--mode show --out x.jsonl", ["out belongs to"]),
     ("--space nb101 --mode search-task", ["--labels", "nb101 has no labels of its own"]),
     ("--mode score", ["--mode score: expected ARCH"]), ("--mode score abc", ["abc", "nb201", "nor_conv_3x3"]),
-    ("--mode correlate --limit 1", ["1 labels", "different ones"]),
-    ("--mode correlate --labels equal.json", ["2 labels", "different ones"]),
+    ("--mode correlate --limit 1", ["1 labels", "different ones"]), ("--task guess", ["guess", "combo"]),
     ("--mode correlate --labels absent.json", ["absent.json", "No such file"]),
-    ("--mode correlate --labels text.txt", ["text.txt", "no JSON list"]),
-    ("--mode correlate --labels object.json", ["object.json", "[architecture, value]"]),
-    ("--mode correlate --labels other.json", ["other.json, entry 1", "nb201"]),
-    ("--mode correlate --labels value.json", ["value.json", 'value "high"']), ("--task guess", ["guess", "combo"]),
-    ("--task absent.json", ["absent.json", "No such file"]), ("--task text.json", ["text.json", "task"]),
+    ("--mode correlate --labels other.json", ["other.json, entry 1", "nb201"]), ("--task text.json", ["text.json"]),
     ("--task task.json", ["task.json", "level", "0 to 10", "99"]), ("--task nlp", ["nlp", "one like nb101"]),
-    ("--images absent.npz", ["absent.npz", "No such file"]), ("--images text.npz", ["text.npz", "expected"]),
     ("--images grey.npy", ["grey.npy", "(20, 32, 32)"]), ("--images few.npy", ["few.npy", "at least 8"]),
     ("--images range.npy", ["range.npy", "from 0 to 1"]), ("--images flat.npy", ["flat.npy", "same everywhere"]),
-    ("--device abacus", ["abacus", "cpu"]),
-    ("--space mine.py:Bad --max-params 9", ["none of 500 draws is within --max-params 9"]),
-    ("--space nbnlp --task combo", ["task: expected one like nlp"]),
-    ("--space nbnlp --max-flops 9", ["--max-flops", "--max-params, as nbnlp counts"]),
-    ("--space mine.py:Bad --quiet", ["scores of 1 networks: expected a finite one"]),
-    ("--out absent/x.jsonl", ["absent/x.jsonl", "No such file"]), ("--out empty", ["empty"]),
-    ("--plot absent/x.png", ["absent/x.png"]), ("--plot x.docx", ["docx", "png"]),
+    ("--images text.npz", ["text.npz", "expected"]), ("--space nbnlp --max-flops 9", ["--max-params, as nbnlp counts"]),
+    ("--space infinite.py:Plain --max-params 9", ["none of 500 draws is within --max-params 9"]),
+    ("--space infinite.py:Plain --population 3 --cycles 0 --quiet", ["networks: expected a finite one"]),
+    ("--space named.py:Plain", ["no 'Plain' in"]), ("--space tasked.py:Plain", ["guess"]), ("--out .", ["directory"]),
+    ("--space short.py:Plain --quiet", ["feature maps: expected 3, not 1"]),
+    ("--space alone.py:Plain --population 8 --quiet", ["no neighbour"]),
+    ("--plot absent/x.png", ["absent/x.png", "No such file"]), ("--plot x.docx", ["docx", "png"]),
     ("--plot x.svg --out x.svg", ["x.svg", "another than --out"]),
 ], ids=str)
 def test_errors_are_one_line_and_exit_2(refused, wrong_files, monkeypatch, words, wanted):
@@ -955,28 +801,14 @@ def test_plot_without_matplotlib(refused, monkeypatch):
 
 
 # --------------------------------------------------------------------------- search spaces: what their tests share
-def norm(x: Tensor) -> Tensor:
-    """A fresh batch norm in training."""
-    return (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+norm = functools.partial(F.batch_norm, running_mean=None, running_var=None, training=True)  # a fresh one in training
+average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
 
 def conv_norm(x: Tensor, layer: nn.Module, **options: int) -> Tensor:
     """The first convolution of `layer`, then a fresh batch norm."""
     weight = next(module for module in layer.modules() if isinstance(module, nn.Conv2d)).weight
     return norm(F.conv2d(x, weight, padding=weight.shape[-1] // 2, **options))
-
-
-def average(x: Tensor) -> Tensor:
-    """A 3x3 average pool that does not count the padding."""
-    return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(torch.ones_like(x), 3, 1, 1)
-
-
-def another_order(inputs: Sequence[Sequence[int]], rng: random.Random) -> list[int]:
-    """A random topological order of vertices with these inputs; the first stays first, the last last."""
-    order, last = [0], len(inputs) - 1
-    while len(order) < last:
-        order.append(rng.choice([i for i in range(1, last) if i not in order and set(inputs[i]) <= set(order)]))
-    return [*order, last]
 
 
 def parsed(space: Any, value: Any) -> Any:
@@ -1006,49 +838,35 @@ REDUCE = ("[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), ('max
           "('skip_connect', 2), ('skip_connect', 2), ('max_pool_3x3', 1)]")
 DARTS = f"Genotype(normal={NORMAL}, normal_concat=[2, 3, 4, 5], reduce={REDUCE}, reduce_concat=[2, 3, 4, 5])"
 NESTED = re.sub(r"(\(\S+ \d\), \(\S+ \d\))", r"[\1]", NORMAL)
-DARTS_NET = {"genotype": {"normal": eval(NORMAL), "normal_concat": [2, 3, 4, 5], "reduce": eval(REDUCE),
-                          "reduce_concat": [2, 3, 4, 5]}, "width": 16, "depth": 20, "aux": False}
+DARTS_NET = {"genotype": eval(DARTS)._asdict(), "width": 16, "depth": 20, "aux": False}
+SKIPS = [("skip_connect", 1)] * 8
 CHAIN = tuple(("skip_connect", i // 2) for i in range(10))  # of five nodes, of which the last two feed no other
 MATRIX, CELL_OPS = [[0, 1, 1], [0, 0, 1], [0, 0, 0]], ["input", "maxpool3x3", "output"]
 FULL = [[int(j > i) for j in range(7)] for i in range(7)]
 
 
 # -------------------------------------------------------------------------------------------------- every space
-def small_space(name: str) -> tuple[Any, Any]:
-    """A space and an architecture of it, small enough to run in a test."""
-    sizes = {"nb101": {"width": 6, "cells": 1}, "nb201": {"width": 4, "cells": 1}, "nbmacro": {"width": 2},
-             "nbnlp": {"widths": (6, 8, 6)}}
-    space = search_spaces.get(name, **sizes.get(name, {}))
-    arch = space.random(random.Random(8))
-    if isinstance(space, Cells):
-        arch = arch._replace(width=4, depth=4)
-    elif isinstance(space, Residual):
-        stages = len(arch.ds)
-        arch = arch._replace(ds=(1,) * stages, ws=(16,) * stages, num_gs=(2,) * len(arch.num_gs))
-    return space, arch
-
-
 @pytest.mark.parametrize("name", search_spaces.SPACES)
 def test_every_space(name):
-    """Round trip, mutation, three taps at 32, 16 and 8, or a sequence; two steps of a regression."""
-    space, rng = search_spaces.get(name), random.Random(8)
+    """Round trip, mutation; of a small one three taps at 32, 16 and 8, or a sequence; two steps of a regression."""
+    space, rng, recurrent = search_spaces.get(name), random.Random(8), name == "nbnlp"
     assert space.name == name and space.task in gennas.TASKS
     for _ in range(12):
         arch = space.random(rng)
         assert hash(arch) is not None and space.parse(space.format(arch)) == arch
         child = space.mutate(arch, rng)
         assert space.key(child) != space.key(arch) and space.parse(space.format(child)) == child
-        assert name != "nbnlp" or space.valid(child)
-    space, arch = small_space(name)
-    if name == "nbnlp":
-        assert space.build(arch)(torch.randn(2, 5, 6)).shape == (2, 5, 6)
-    else:
-        sides = [16, 8, 4] if name == "resnet-in" else [32, 16, 8]  # of four stages the last three are tapped
-        taps = space.build(arch)(torch.randn(2, 3, 32, 32))
-        assert [tap.shape[2:] for tap in taps] == [(side, side) for side in sides]
-    regression = Regression(*((small_rnn_task(), None) if name == "nbnlp" else (small_task(), images())), Settings(2))
+        assert not recurrent or space.valid(child)
+    space = search_spaces.get(name, **{"widths": (6, 8, 6)} if recurrent else {
+        "width": 6} if name.startswith("nb") else {"shrink": 8})
+    if not name.startswith("nb"):
+        arch = arch._replace(**{"depth": 4} if isinstance(space, Cells) else {"ds": (1,) * 5})
+    x = torch.randn(2, 5, 6) if recurrent else torch.randn(2, 3, 32, 32)
+    outputs, sides = space.build(arch)(x), [16, 8, 4] if name == "resnet-in" else [32, 16, 8]  # the last three stages'
+    assert outputs.shape == x.shape if recurrent else [tap.shape[2:] for tap in outputs] == [(n, n) for n in sides]
+    regression = Regression(*((SMALL_RNN_TASK, None) if recurrent else (SMALL_TASK, images())), Settings(2))
     trained = regression(space, arch)
-    assert [len(curve) for curve in trained.losses] == [3] * (1 if name == "nbnlp" else 3)
+    assert [len(curve) for curve in trained.losses] == [3] * (1 if recurrent else 3)
     assert np.isfinite(trained.losses).all() and trained == regression(space, arch) and trained.params > 0
 
 
@@ -1075,43 +893,35 @@ def test_what_people_paste(name, spellings):
 
 @pytest.mark.parametrize("name, text, wrong", [
     *[(name, text, text) for name in ("nb201", "nb101", "darts", "resnet", "nbnlp") for text in ("", "nonsense", "3")],
-    ("nb201", "|", "'|'"), ("nb201", RICH + " 91.2", "text after the architecture: '91.2'"),
+    ("nb201", RICH + " 91.2", "text after the architecture: '91.2'"), ("nb201", RICH[:-2], "|nor_conv_3x3~0|+|"),
     ("nb201", RICH.replace("nor_conv_1x1", "noise"), "op 'noise'"), ("nb201", "[[1],[2,3],[1,2,5]]", "op '5'"),
-    ("nb201", RICH.replace("~2", "~1"), "|nor_conv_3x3~0|+|"), ("nb201", "[[1],[2,3],[1,2]]", "[[1],[2,3],[1,2]]"),
-    ("nb101", json.dumps([FULL, ["input", *["maxpool3x3"] * 5, "output"]]), "21 edges, at most 9"),
-    ("nb101", json.dumps([MATRIX, ["input", "noise", "output"]]), "op 'noise'"), 
-    ("nb101", "[[[0, 1], [0, 0]], 3]", "[[[0, 1]"),
-    ("nb101", json.dumps([[[0, 0], [0, 0]], ["input", "output"]]), "no path"),
-    ("nb101", json.dumps([[[0, 1], [1, 0]], ["input", "output"]]), "value 1 in row 1, column 0, expected 0"),
-    ("nb101", json.dumps([MATRIX, CELL_OPS[1:]]), "matrix of 3 rows, expected 2 x 2"),
-    ("nb101", json.dumps([MATRIX, ["input"] * 3]), "ops from 'input' to 'input'"),
-    ("nb101", json.dumps([[], ["input"]]), "1 vertices"), ("nb101", json.dumps([MATRIX, CELL_OPS])[:-1], "no closing"),
+    ("nb101", [FULL, ["input", *["maxpool3x3"] * 5, "output"]], "21 edges, at most 9"),
+    ("nb101", [MATRIX, ["input", "noise", "output"]], "op 'noise'"), ("nb101", [[], ["input"]], "1 vertices"),
+    ("nb101", [[[0, 0], [0, 0]], ["input", "output"]], "no path"), ("nb101", "[[[0, 1], [0, 0]], [", "no closing"),
+    ("nb101", [[[0, 1], [1, 0]], ["input", "output"]], "value 1 in row 1, column 0, expected 0"),
+    ("nb101", [MATRIX, CELL_OPS[1:]], "expected 2 x 2"), ("nb101", [MATRIX, ["input"] * 3], "'input' to 'input'"),
     ("nbmacro", "", "0 digits"), ("nbmacro", "0120120", "7 digits, expected 8"), ("nbmacro", "01201203", "digit '3'"),
-    ("nbmacro", "01201201 91.2", "text after the architecture: '91.2'"), ("nbmacro", "[10, 1]", "digit '10'"),
-    ("darts", DARTS + " 91.2", "text after the architecture: '91.2'"), ("darts", "Genotype()", "no 'normal'"),
+    ("nbmacro", "01201201 91.2", "text after the architecture: '91.2'"), ("darts", "Genotype()", "no 'normal'"),
     ("darts", DARTS.replace("skip_connect', 2", "noise', 2"), "op 'noise' in reduce"),
     ("darts", DARTS.replace("dil_conv_3x3', 2", "dil_conv_3x3', 5"), "input 5 of node 5 in normal, expected one of 0"),
-    ("darts", DARTS.replace("concat=[2, 3, 4, 5]", "concat=[2, 3]"), "normal_concat [2, 3], expected [2, 3, 4, 5]"),
     ("enas", str(Genotype(CHAIN, (2, 3, 4, 5, 6), CHAIN, (5, 6))), "normal_concat [2, 3, 4, 5, 6], expected [5, 6]"),
     ("darts", DARTS.replace("[2, 3, 4, 5]", "range(print(1))"), "neither JSON nor Python: 'print(1)'"),
-    ("pnas", DARTS, "8 (op, input) in normal, expected 10"), ("darts", '{"width": 16, "depth": 20}', "no 'genotype'"),
-    ("darts-in", json.dumps(DARTS_NET | {"width": 36}), "width 36, expected one of 32, 48, 64, 80, 96"),
-    ("darts-fix", json.dumps(DARTS_NET | {"depth": 8}), "depth 8, expected one of 20"),
-    ("resnext-a", json.dumps(NET), "block_type 'res_basic_block'"), ("resnet", json.dumps(NET | {"ss": [1]}), "ss [1]"),
-    *[("resnext-a", json.dumps(BOTTLENECKS | {field: values}), wrong) for field, values, wrong in [
-        ("ws", [8, 48, 32, 32], "ws 48 of stage 1, expected one of (16, "), ("ws", [1, 16, 32, 32], "ws 1 of stage 0"),
-        ("ds", [1, 2], "2 ds, expected 4"), ("bot_muls", [math.nan, 0.5, 0.5, 1], "bot_muls nan of the stem"),
-        ("num_gs", [-1, 1, 1, 1], "num_gs -1 of the stem, expected a number >= 0")]],
-    *[("nbnlp", json.dumps(RECIPE | change), wrong) for change, wrong in [
+    ("pnas", DARTS, "8 (op, input) in normal, expected 10"), ("darts-in", DARTS_NET | {"width": 36}, "width 36"),
+    ("darts-fix", DARTS_NET | {"depth": 8}, "depth 8, expected one of 20"), ("resnet", NET | {"ss": [1]}, "ss [1]"),
+    ("resnext-a", NET, "block_type 'res_basic_block'"), ("resnext-a", BOTTLENECKS | {"ds": [1, 2]}, "2 ds, expected 4"),
+    ("resnext-a", BOTTLENECKS | {"ws": [8, 48, 32, 32]}, "ws 48 of stage 1, expected one of (16, "),
+    ("resnext-a", BOTTLENECKS | {"ws": [1, 16, 32, 32]}, "ws 1 of stage 0"),
+    ("resnext-a", BOTTLENECKS | {"bot_muls": [math.nan, 0.5, 0.5, 1]}, "bot_muls nan of the stem"),
+    *[("nbnlp", RECIPE | change, wrong) for change, wrong in [
         (recipe(h_new_3="activation_tanh node_1"), "h_new_3"), (recipe(node_1="linear x x"), "inputs x, x of node_1"),
         (recipe(x="linear x h_prev_1"), "node 'x'"), (recipe(node_3="activation_sigm x"), "input 'x' of node_3"),
         (recipe(node_2="linear h_prev_0 node_3"), "cycle"), (recipe(node_3="noise node_2"), "op 'noise' of node_3"),
         (recipe(node_4="elementwise_prod node_3 h_prev_2"), "input 'h_prev_2' of node_4")]],
-], ids=lambda value: value[:20])
+], ids=lambda value: str(value)[:20])
 def test_a_refusal_names_what_is_wrong(name, text, wrong):
     space = search_spaces.get(name)
     with pytest.raises(ValueError) as error:
-        space.parse(text)
+        space.parse(text) if isinstance(text, str) else parsed(space, text)
     told, _, expected = str(error.value).partition("; expected ")
     assert told.startswith(f"not a network of {name}: ") and wrong in told and expected == space.spelling
 
@@ -1120,12 +930,14 @@ def test_canonical_graph_is_independent_of_the_order():
     """Random graphs larger than any cell, their vertices and summands shuffled; one that is too regular is refused."""
     rng = random.Random(5)
     for _ in range(200):
-        size = rng.randint(3, 9)
-        ops = ["input", *rng.choices("ab", k=size - 1), "output"]
-        inputs = [rng.choices(range(i), k=rng.randint(1, 2)) for i in range(1, size)]
-        inputs = [[], *inputs, rng.choices(range(size), k=2)]
-        results = []
-        for order in (range(size + 1), another_order(inputs, rng)):
+        n = rng.randint(3, 9)
+        ops = ["input", *rng.choices("ab", k=n - 1), "output"]
+        inputs = [[], *(rng.choices(range(i), k=rng.randint(1, 2)) for i in range(1, n)), rng.choices(range(n), k=2)]
+        results, shuffled = [], [0]
+        while len(shuffled) <= n:  # another topological order, the output last
+            free = [i for i in range(1, n) if i not in shuffled and set(inputs[i]) <= set(shuffled)]
+            shuffled.append(rng.choice(free or [n]))
+        for order in (range(n + 1), shuffled):
             sums = [[order.index(j) for j in rng.sample(inputs[i], len(inputs[i]))] for i in order]
             graph = tuple(Vertex(ops[i], tuple(places)) for i, places in zip(order, sums))
             results.append(search_spaces.canonical(graph))
@@ -1138,40 +950,40 @@ def test_canonical_graph_is_independent_of_the_order():
 
 
 # ---------------------------------------------------------------------------------------------------- NAS-Bench-201
-def test_nb201_has_as_many_networks_as_isomorphism_classes():
+def test_nb201_counts_and_equal_keys():
+    """As many networks as isomorphism classes; equal keys have equal losses; torch counts convolutions and the linear
+    layer, a multiply-add as two, and in all 15 cells width times side is 16 * 32."""
     assert len(classes()) == 5425
+    regression = Regression(SMALL_TASK, images(), Settings(steps=2))
+    for archs in random.Random(6).sample([archs for archs in classes().values() if len(archs) > 1], 8):
+        assert regression(TINY, archs[0]) == regression(TINY, archs[-1])
+    dead, alive = (NB201().flops(NB201().parse(text)) for text in (DEAD, "[[3],[0,0],[0,0,0]]"))
+    assert dead == 2 * 7_783_040 and alive - dead == 2 * 15 * 9 * (16 * 32) ** 2
 
 
 def test_nb201_network_against_its_definition():
     """Weights are matched by operation, so a cell has each convolution at most once; taps of a dead one are zero."""
-    archs = [arch for arch in random.Random(4).sample(ARCHS, 200)
-             if arch.count("nor_conv_1x1") <= 1 and arch.count("nor_conv_3x3") <= 1][:24]
-    for seed, arch in enumerate([*archs, *parse(DEAD)]):
-        x = torch.randn(2, 3, 32, 32, generator=rng_of(seed))
-        network = TINY.build(arch).train()
-        taps = network(x)
-        assert [tuple(tap.shape) for tap in taps] == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8)]
-        if not TINY.graph(arch)[-1].inputs:
-            assert not any(tap.any() for tap in taps)
-            continue
-        for ((entry, cell),), tap in zip(network, taps):
-            if tap is taps[0]:
+    dead = TINY.build(*parse(DEAD))(torch.ones(2, 3, 32, 32))
+    assert [(*tap.shape, tap.any().item()) for tap in dead] == [(2, 4 << i, 32 >> i, 32 >> i, False) for i in range(3)]
+    archs = [arch for arch in random.Random(4).sample(ARCHS, 200) if TINY.graph(arch)[-1].inputs
+             and arch.count("nor_conv_1x1") <= 1 and arch.count("nor_conv_3x3") <= 1]
+    for seed, arch in enumerate(archs[:24]):
+        x, network = torch.randn(2, 3, 32, 32, generator=rng_of(seed)), TINY.build(arch).train()
+        for i, (((entry, cell),), tap) in enumerate(zip(network, network(x))):
+            if i == 0:
                 x = conv_norm(x, entry)
             else:
                 (first, second), shortcut = entry
                 deep = conv_norm(F.relu(conv_norm(F.relu(x), first, stride=2)), second)
                 x = deep + F.conv2d(F.avg_pool2d(x, 2), shortcut[1].weight)
+            assert not any(m.affine or m.track_running_stats for m in cell.modules() if isinstance(m, nn.BatchNorm2d))
             built = {op: module for (op, _), module in zip(TINY.graph(arch)[1:], cell.ops)}  # no dead ones
-            norms = [module for module in cell.modules() if isinstance(module, nn.BatchNorm2d)]
-            assert not any(module.affine or module.track_running_stats for module in norms)
             nodes = [x, 0 * x, 0 * x, 0 * x]
-            for (i, j), op in zip(TINY.EDGES, arch):
-                if op == "skip_connect":
-                    nodes[j] = nodes[j] + nodes[i]
-                elif op == "avg_pool_3x3":
-                    nodes[j] = nodes[j] + average(nodes[i])
-                elif op in built:
-                    nodes[j] = nodes[j] + conv_norm(F.relu(nodes[i]), built[op])
+            for (source, target), op in zip(TINY.EDGES, arch):
+                if op in built or op == "skip_connect":
+                    y = nodes[source]
+                    y = y if "skip" in op else average(y) if "pool" in op else conv_norm(F.relu(y), built[op])
+                    nodes[target] = nodes[target] + y
             x = nodes[3]
             assert_close(tap, x)
 
@@ -1190,16 +1002,7 @@ def test_nb101_counts():
                 keys.update(map(space.key, cells))
         counts.append(len(keys))
     assert counts == [1, 6, 84, 2441]
-
-
-def test_nb101_and_macro_keys():
     assert NBMacro().key("01001020") == NBMacro().key("01010002") != NBMacro().key("01100020")
-    space, rng = NB101(), random.Random(9)
-    for _ in range(300):
-        matrix, ops = arch = space.random(rng)
-        order = another_order([[i for i in range(7) if matrix[i][j]] for j in range(7)], rng)
-        twin = NB101Cell(tuple(tuple(matrix[i][j] for j in order) for i in order), tuple(ops[i] for i in order))
-        assert space.key(twin) == space.key(arch)
 
 
 def test_nb101_mutations_and_initial_weights():
@@ -1240,7 +1043,6 @@ def plain_bottleneck(x: Tensor, body: nn.Module, skip: nn.Module, stride: int = 
 def test_bottlenecks_by_hand():
     """A layer of NAS-Bench-Macro, and a whole residual network with its stem."""
     block = NBMacro().layer("2", 3, 3, 1).train()
-    assert block[0][1][0].weight.shape == (18, 1, 5, 5)
     x = torch.randn(2, 3, 8, 8, generator=rng_of(4))
     assert_close(block(x), plain_bottleneck(x, *block, groups=18))
     space = search_spaces.get("resnext-a")
@@ -1288,10 +1090,6 @@ def test_darts_keys():
             pairs = [(op, rng.randrange(2 + i // 2) if op == "none" else source) for op, source in normal[i:i + 2]]
             normal[i:i + 2] = rng.sample(pairs, 2)
         assert space.key(cell_net(space, normal, reduce, arch.width, arch.depth)) == key
-        if all(source != 2 for _, source in normal[2:4]):  # nodes 2 and 3 change places
-            later = [(op, {2: 3, 3: 2}.get(source, source)) for op, source in normal[4:]]
-            swapped = [*normal[2:4], *normal[:2], *later]
-            assert space.key(cell_net(space, swapped, reduce, arch.width, arch.depth)) == key
         assert space.key(arch._replace(width=arch.width * 2)) != key != space.key(arch._replace(depth=arch.depth + 1))
 
 
@@ -1338,19 +1136,15 @@ def test_recurrent_layer_by_hand():
     graph = NBNLP().graph(parsed(NBNLP(), RECIPE))
     layer = search_spaces.RecurrentLayer(graph, False, 5, 4, 0.1).eval()
     x = torch.randn(3, 6, 5, generator=rng_of(5))
-    linear = [i for i, vertex in enumerate(graph) if vertex.op == "linear"]
-    short, wide = sorted(linear, key=lambda i: len(graph[i].inputs))
-    state1 = next(i for i in graph[short].inputs if i)  # the place of h_prev_1
-    state0 = 3 - state1
-    new1, = set(graph[wide].inputs) - {0, state0}  # the place of h_new_1
 
-    def linear_of(i: int, values: dict[int, Tensor]) -> Tensor:
-        return sum(value @ layer.weights[f"{i} {j}"].T for j, value in values.items()) + layer.biases[str(i)]
+    def linear(*values: Tensor) -> Tensor:
+        i = next(i for i, vertex in enumerate(graph) if vertex.op == "linear" and len(vertex.inputs) == len(values))
+        return sum(v @ layer.weights[f"{i} {j}"].T for j, v in zip(graph[i].inputs, values)) + layer.biases[str(i)]
 
     h0, h1 = torch.zeros(3, 4), torch.zeros(3, 4)
     for t in range(6):
-        h1 = torch.tanh(linear_of(short, {0: x[:, t], state1: h1}))
-        gate = torch.sigmoid(linear_of(wide, {0: x[:, t], state0: h0, new1: h1}))
+        h1 = torch.tanh(linear(x[:, t], h1))
+        gate = torch.sigmoid(linear(x[:, t], h0, h1))
         h0 = gate * (gate * h1) + (1 - gate) * h1
         assert_close(layer(x)[:, t], h0, atol=1e-5, rtol=1e-5)
 
@@ -1372,39 +1166,17 @@ def test_dropout_and_reservoir():
 
 
 # -------------------------------------------------------------------------------------------- counts and labels
-def conv_params(*convolutions: tuple[int, int, int]) -> int:
-    """Of convolutions (c_in, c_out, kernel), each with a batch norm."""
-    return sum(c_in * c_out * kernel ** 2 + 2 * c_out for c_in, c_out, kernel in convolutions)
-
-
-def test_params_by_hand():
-    kernels = [int(op[-1]) for op in parse(RICH)[0] if "conv" in op]
-    total = conv_params((3, 16, 3), *[(c, c, k) for c in (16, 32, 64) for k in kernels for _ in range(5)])
-    for c in (32, 64):  # the residual blocks
-        total += conv_params((c // 2, c, 3), (c, c, 3)) + c // 2 * c
-    assert NB201().params(parse(RICH)[0]) == total + 2 * 64 + 65 * 10
-
-    total = conv_params(
-        (3, 32, 3), (32, 64, 1), (64, 192, 1), (1, 192, 3), (192, 64, 1),  # the stem; layers 0 and 1
-        (64, 128, 1), (128, 768, 1), (1, 768, 5), (768, 128, 1), (128, 256, 1), (256, 1280, 1))  # 2, 3 and 5; the tail
-    assert NBMacro().params("01020000") == total + 1281 * 10
-
-    layers = sum(5 * h * h + 2 * h + 2 * (i - h) * h for i, h in ((400, 600), (600, 600), (600, 400)))
-    assert NBNLP().params(parsed(NBNLP(), RECIPE)) == 4_010_000 + layers
-
-    skips = [("skip_connect", 1)] * 8
-    arch = cell_net(Cells("darts"), [("sep_conv_3x3", 1), *skips[1:]], skips, 8, 4)
-    total = conv_params(
-        (3, 24, 3), (24, 8, 1), (24, 8, 1), *[(1, 8, 3), (8, 8, 1)] * 2,  # the stem and cell 0
-        (24, 16, 1), (32, 16, 1), *[(16, 16, 1)] * 8,  # cell 1, a reduction
-        (32, 32, 1), (64, 32, 1), *[(32, 32, 1)] * 8,  # cell 2, a reduction after a reduction
-        (64, 32, 1), (128, 32, 1), *[(1, 32, 3), (32, 32, 1)] * 2)  # cell 3, after a reduction
-    without_norm = 2 * (2 * 8 + 2 * 32)  # a depthwise convolution has none
-    assert Cells("darts").params(arch) == total - without_norm + 129 * 10
-
-    space = search_spaces.get("resnext-a")  # as the authors of NDS recorded it, the stem's bottleneck 0
-    net = {"ws": [16, 64, 128, 16], "ds": [1, 16, 1, 4], "num_gs": [1, 2, 1, 2], "bot_muls": [0.0, 0.25, 0.25, 0.25]}
-    assert space.params(parsed(space, BOTTLENECKS | net)) == 83_002
+@pytest.mark.parametrize("name, arch, params", [
+    ("nb101", [[[0, 1, 0, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0] * 5],
+               ["input", "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3", "output"]], 12_088_970),
+    ("nb201", RICH, 615_386), ("nbmacro", "10011002", 1_434_890), ("nbnlp", RECIPE, 8_333_200),
+    ("darts", Cells("darts").format(cell_net(Cells("darts"), [("sep_conv_3x3", 1)] + SKIPS[1:], SKIPS, 16, 4)), 99_610),
+    ("resnext-a", BOTTLENECKS | {"ws": [16, 64, 128, 16], "ds": [1, 16, 1, 4], "num_gs": [1, 2, 1, 2],
+                                 "bot_muls": [0.0, 0.25, 0.25, 0.25]}, 83_002)], ids=str)
+def test_params(name, arch, params):
+    """As the benchmarks recorded them; those of RICH, RECIPE and darts were counted by hand."""
+    space = search_spaces.get(name)
+    assert space.params(space.parse(arch) if isinstance(arch, str) else parsed(space, arch)) == params
 
 
 @needs_shared
@@ -1425,16 +1197,6 @@ def test_params_as_recorded(name, file, arch, params):
         assert round(space.params(space.parse(text)), digits) == record[params], text
 
 
-def test_flops_by_hand():
-    """Torch counts convolutions and the linear layer, a multiply-add as two."""
-    dead = 640 + 32 * 32 * 3 * 16 * 9
-    for c, side in ((32, 16), (64, 8)):
-        dead += side * side * (c // 2 * c * 9 + c * c * 9 + c // 2 * c)
-    convolutions = 5 * 9 * sum(c * c * side * side for c, side in ((16, 32), (32, 16), (64, 8)))
-    assert NB201().flops(NB201().parse(DEAD)) == 2 * dead
-    assert NB201().flops(NB201().parse("[[3],[0,0],[0,0,0]]")) == 2 * (dead + convolutions)
-
-
 def test_labels_files(tmp_path):
     entries, path = [[json.dumps(RECIPE), 1], [RECIPE, 2.5]], tmp_path / "labels.json"
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
@@ -1452,7 +1214,9 @@ def test_labels_files(tmp_path):
 
 
 @needs_shared
-def test_built_in_labels_as_recorded():
+def test_tasks_and_labels_as_recorded():
+    authors = json.loads((SHARED / "published_tasks.json").read_text())
+    assert {name: json.loads(task.to_json()) for name, task in gennas.TASKS.items()} == authors
     recorded = dict(search_spaces.load_labels(NB201(), SHARED / "labels" / "nb201_cifar10.json")[:600])
     assert all(recorded[arch] == value for arch, value in NB201().labels)
     assert sorted(value for _, value in NB201().labels) == sorted(recorded.values())[15::30]
@@ -1463,16 +1227,9 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
 
 
-def readme_commands() -> list[str]:
-    lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
-    return [re.split(" #| > | \\| |;", line.split("python ", 1)[1])[0].strip() for line in lines
-            if "python gennas.py" in line]
-
-
-def plain_space() -> str:
-    """The README's example of a space of one's own."""
-    example, = [block for block in readme_blocks("python") if "class Plain" in block]
-    return example
+COMMANDS = [command.replace("$seed", "0") for command in re.findall(
+    r"python (gennas\.py.*?)(?= +#| > | \| |;|$)", "\n".join(readme_blocks("sh")), re.M)]
+PLAIN, = [block for block in readme_blocks("python") if "class Plain" in block]  # a space of one's own
 
 
 def test_each_file_alone(tmp_path):
@@ -1497,33 +1254,21 @@ print(len(gennas.Scorer(Space(), steps=2)([4, 5])))""", "2\n")):
 
 def test_readme_space(tmp_path):
     """The README's example of a space of one's own: with three workers the result is that of one process."""
-    (tmp_path / "my_space.py").write_text(plain_space())
+    (tmp_path / "my_space.py").write_text(PLAIN)
     name, outs = f"{tmp_path / 'my_space.py'}:Plain", (tmp_path / "1.jsonl", tmp_path / "3.jsonl")
     process = start_process(*SEARCH, "--space", name, "--workers", 3, "--quiet", "--out", outs[1])
     stdout, stderr = process.communicate(timeout=120)
     assert stderr == "" and (found := timeless(stdout)) == search_here(outs[0], name) and found["evaluated"] == 14
     assert recorded(outs[0]) == recorded(outs[1])
     space, rng = search_spaces.get(name), random.Random(0)
-    assert space.params(space.parse(found["arch"])) == found["params"]
     for arch in [space.random(rng) for _ in range(20)]:
         assert space.parse(space.format(arch)) == arch and space.key(space.mutate(arch, rng)) != space.key(arch)
 
 
-@pytest.mark.parametrize("right, wrong, wanted", [
-    ("class Plain", "class Fancy", "no 'Plain' in"),
-    ("class Plain:", "class Plain:\n    task = 'guess'", "guess"),
-    ("enumerate(arch)", "enumerate(arch[:1])", "feature maps: expected 3, not 1"),
-    ("i = rng.randrange(3)", "raise ValueError('no neighbour')", "no neighbour"),
-])
-def test_own_space_with_a_mistake(refused, tmp_path, right, wrong, wanted):
-    (tmp_path / "mine.py").write_text(plain_space().replace(right, wrong))
-    refused([wanted], "--space", f"{tmp_path / 'mine.py'}:Plain", "--population", 8, "--quiet")
-
-
 def test_own_space_with_labels_and_its_file_in_the_record(result, refused, tmp_path):
-    labels = "    labels = [(((1, 8), (3, 8), (k, 8)), n) for n, k in enumerate((1, 3, 5))]\n"
+    labels = "    labels = [((1, 3, k), n) for n, k in enumerate((1, 3, 5))]\n"
     file, out = tmp_path / "mine.py", tmp_path / "out.jsonl"
-    file.write_text(plain_space().replace("1 if i == 0 else 2", "4") + labels)  # maps of 16 pixels, 4, 1
+    file.write_text(PLAIN.replace("second, 2", "second, 4").replace("third, 2", "third, 4") + labels)
     command = "--space", f"{file}:Plain", "--mode", "correlate", "--out", out
     assert result(*command) == result(*command) and result(*command)["n"] == 3
     file.write_text(file.read_text() + "\n")
@@ -1532,16 +1277,16 @@ def test_own_space_with_labels_and_its_file_in_the_record(result, refused, tmp_p
 
 @pytest.mark.parametrize("code", [block for block in readme_blocks("python") if "class Plain" not in block])
 def test_readme_python(code, tmp_path, monkeypatch):
-    """Each recipe runs, here on stand-ins for the benchmarks' packages and files, and what it writes is read."""
+    """Each block runs, here on stand-ins for the benchmarks' packages and files, and what it writes is read."""
     monkeypatch.chdir(tmp_path)
-    nats = {"arch": lambda self, i: NB201().format(self[i]),
-            "get_more_info": lambda self, i, data, hp, is_random: {"test-accuracy": 80 + i / 1000, "test-loss": 9.0}}
+    nats = type("Nats", (list,), {
+        "arch": lambda self, i: NB201().format(self[i]), "query_index_by_arch": lambda self, arch: 7,
+        "get_more_info": lambda self, i, data, hp, is_random: {"test-accuracy": 80 + i / 1000}})(ARCHS)
     cells, runs = [NB101().random(random.Random(seed)) for seed in range(600)], [{"final_test_accuracy": 0.92}] * 3
     nasbench = SimpleNamespace(hash_iterator=lambda: map(str, range(600)), get_metrics_from_hash=lambda name: ({
         "module_adjacency": np.array(cells[int(name)].matrix), "module_operations": cells[int(name)].ops}, {108: runs}))
-    for name, package in {"nats_bench": {"create": lambda *_, **__: type("Nats", (list,), nats)(ARCHS)},
-                          "nasbench": {"api": SimpleNamespace(NASBench=lambda path: nasbench)}}.items():
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**package))
+    monkeypatch.setitem(sys.modules, "nats_bench", SimpleNamespace(create=lambda *_, **__: nats))
+    monkeypatch.setitem(sys.modules, "nasbench", SimpleNamespace(api=SimpleNamespace(NASBench=lambda path: nasbench)))
     digits = map("".join, itertools.product("012", repeat=8))
     log = {"recepie": json.dumps(RECIPE), "status": "OK", "val_losses": [math.nan, -9.0, -8.0]}
     record = {"net": DARTS_NET | {"width": 32, "depth": 14}, "test_ep_top1": [50.0, 7.5]}
@@ -1552,29 +1297,30 @@ def test_readme_python(code, tmp_path, monkeypatch):
         Path(f"{file}.json").write_text(json.dumps(content))
     Path("data_batch_1").write_bytes(pickle.dumps({b"data": np.arange(20 * 3072, dtype=np.uint8).reshape(20, 3072)}, 2))
     monkeypatch.setitem(gennas.PRESETS["fast"], "nb201", gennas.Preset(Settings(steps=1), {"width": 4, "cells": 1}))
-    exec(code, {})
+    for file in ("nb201.json", "unseen.json"):
+        labels_file(Path(file), NB201(), [cells[0] for cells in list(classes().values())[:12]])
+    Path("found.jsonl").write_text(json.dumps({"arch": RICH}) + "\n")
+    exec(code, {"api": nats})
     for file in re.findall(r'open\("(\S+).json", "w"\)', code):
-        labels = search_spaces.load_labels(search_spaces.get(file), f"{file}.json")
-        assert len(labels) == {"nb201": 1000, "nb101": 500, "nbmacro": 500}.get(file, 1)
+        labels = search_spaces.load_labels(search_spaces.get(file.replace("unseen", "nb201")), f"{file}.json")
+        assert len(labels) == {"nb201": 1000, "nb101": 500, "nbmacro": 500, "unseen": 5}.get(file, 1)
         assert all(0.9 < value < 100 for _, value in labels)
     for file in tmp_path.glob("*.npy"):
         assert gennas.read_images(str(file), 16).shape == (16, 3, 32, 32)
 
 
-@pytest.mark.parametrize("command", readme_commands())
+@pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands(run, tmp_path, monkeypatch, command):
     """Each command that the README shows runs, on the tiny space; files that it reads are made here."""
     monkeypatch.chdir(tmp_path)
     if "--plot" in command:
         pytest.importorskip("matplotlib")
-    rng = random.Random(0)
-    for space in (NB201(), NB101()):
-        labels_file(Path(f"{space.name}.json"), space, [space.random(rng) for _ in range(12)])
-    Path("my_task.json").write_text(small_task().to_json())
-    Path("my_space.py").write_text(plain_space())
+    for file in ("nb201.json", "unseen.json"):
+        labels_file(Path(file), NB201(), ARCHS[::1302])
+    Path("my_task.json").write_text(SMALL_TASK.to_json())
+    Path("my_space.py").write_text(PLAIN)
     Path("figures").mkdir()
     np.save("my_images.npy", np.random.default_rng(0).random((16, 32, 32, 3)))
     words = shlex.split(command)[1:]
     searches = "--mode" not in words or "search-task" in words
-    status, _, stderr = run(*words, *searches * ["--population", "3", "--cycles", "2"], "--steps", "1")
-    assert status == 0, stderr
+    run(*words, *searches * ["--population", "3", "--cycles", "2"], "--steps", "1")
