@@ -193,7 +193,7 @@ class Signal:
         check(0 <= self.level <= 10, "level", self.level, "a number from 0 to 10")
         own = tuple(name for name in ("frequencies", "density", "per_sample") if getattr(self, name) is not None)
         check(own == BASES[self.basis][1], f"fields of a {self.basis}", own, f"{BASES[self.basis][1]}")
-        f = self.frequencies or (0.1,) * 10
+        f = (0.1,) * 10 if self.frequencies is None else self.frequencies
         check(len(f) == 10 and 0 < min(f) and max(f) < 0.5, "frequencies", f, "10 numbers above 0 and below 0.5")
         check(0 <= (self.density or 0) <= 1, "density", self.density, "a number from 0 to 1")
         check(self.per_sample in (None, True, False), "per_sample", self.per_sample, "true or false")
@@ -203,9 +203,7 @@ class Signal:
         the basis seed, so that no other signal matters."""
         rng = torch.Generator().manual_seed(seed_of(*purpose, self.basis))
         draw, fields = BASES[self.basis]
-        if self.basis == "resize":
-            return draw(rng, shape, images)
-        return draw(rng, shape if self.per_sample else (1, *shape[1:]), getattr(self, fields[0]))
+        return draw(rng, shape if self.per_sample else (1, *shape[1:]), getattr(self, fields[0]) if fields else images)
 
 
 @dataclass(frozen=True)
@@ -387,21 +385,6 @@ def ridge_loss(features: Tensor, target: Tensor, ridge: float) -> Tensor:
     return F.mse_loss(features @ head, target) + ridge * head.square().sum() / target.shape[1]
 
 
-class TrainedHeads(nn.Module):
-    """A network's three taps, each resized and sent through batch norm and a 1x1 convolution to a target's channels."""
-
-    def __init__(self, body: nn.Module, images: Tensor, targets: list[Tensor]):
-        super().__init__()
-        self.body, self.size = body, targets[0].shape[2:]
-        with torch.no_grad():  # of two images, because some batch norms use the batch's own statistics in eval() too
-            widths = [tap.shape[1] for tap in body.eval()(images[:2])]
-        self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
-                                   for width, target in zip(widths, targets, strict=True))
-
-    def forward(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> three (B, C, size, size)
-        return [head(F.interpolate(tap, size=self.size)) for head, tap in zip(self.heads, self.body(images))]
-
-
 class Regression:
     """The regression of one task on one batch of images, the same targets for every architecture (paper, 3.1).
 
@@ -439,21 +422,24 @@ class Regression:
             params = sum(parameter.numel() for parameter in body.parameters())
             network = self.with_heads(body).to(self.device, memory_format=torch.channels_last)
             optimizer = self.optimizer(network)
+            body, *heads = network
             self.seed_generators("noise", *purpose)
 
             for step in range(steps + 1):
                 if step in (0, steps):  # the last pass only evaluates
                     network.train(step < steps)
                 with torch.set_grad_enabled(step < steps):
-                    # 2. what the stages make of the input with fresh noise, behind their heads if these are trained
-                    outputs = network(self.input + self.noise())
-                    outputs = [outputs] if isinstance(self.task, RnnTask) else outputs
-                    check(len(outputs) == len(self.targets), "feature maps", len(outputs), f"{len(self.targets)}")
+                    # 2. what the stages make of the input with fresh noise
+                    noise = torch.empty_like(self.input)
+                    noise = noise.uniform_(-1, 1) if self.task.noise.kind == "uniform" else noise.normal_()
+                    taps = body(self.input + noise.mul_(self.task.noise.level))
+                    taps = [taps] if isinstance(self.task, RnnTask) else taps
+                    check(len(taps) == len(self.targets), "feature maps", len(taps), f"{len(self.targets)}")
 
                     # 3. the loss of each stage that counts: of its trained head, or of the best head for these features
                     losses = torch.stack([
-                        F.mse_loss(outputs[stage], self.targets[stage]) if ridge is None
-                        else ridge_loss(*self.matched(stage, outputs[stage]), ridge) for stage in self.stages])
+                        F.mse_loss(heads[stage](taps[stage]), self.targets[stage]) if ridge is None
+                        else ridge_loss(*self.matched(stage, taps[stage]), ridge) for stage in self.stages])
                     loss = self.stage_weights @ losses
                 history.append(losses.detach())  # stays on the device until the end: no step waits for it
 
@@ -475,20 +461,24 @@ class Regression:
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seed_of(*purpose))
 
-    def with_heads(self, body: nn.Module) -> nn.Module:
-        """Return the network as it is trained, its heads' parameters drawn by the global generator."""
-        if isinstance(self.task, RnnTask):  # (B, T, D) -> encoder, (B, T, width) -> body -> decoder, if it is trained
+    def with_heads(self, body: nn.Module) -> nn.ModuleList:
+        """Return the network as it is trained, then its heads if these are trained; the global generator draws them."""
+        if isinstance(self.task, RnnTask):  # (B, T, D) -> encoder, (B, T, width) -> body; the head is the decoder
             sizes = [(self.task.dimension, body.width), (body.width, self.task.dimension)]
-            encoder, *decoder = [nn.Linear(*size) for size in sizes[:1 if self.settings.ridge else 2]]
-            for layer in (encoder, *decoder):
+            encoder, *heads = [nn.Linear(*size) for size in sizes[:2 if self.settings.ridge is None else 1]]
+            for layer in (encoder, *heads):
                 nn.init.uniform_(layer.weight, -0.1, 0.1)
-            for layer in decoder:
+            for layer in heads:
                 nn.init.zeros_(layer.bias)
-            return nn.Sequential(encoder, body, *decoder)
-        if self.settings.ridge is None:
-            return TrainedHeads(body, self.input.cpu(), self.targets)
-        torch.func.replace_all_batch_norm_modules_(body)  # by those without running statistics
-        return body
+            return nn.ModuleList([nn.Sequential(encoder, body), *heads])
+        if self.settings.ridge is not None:
+            torch.func.replace_all_batch_norm_modules_(body)  # by those without running statistics
+            return nn.ModuleList([body])
+        with torch.no_grad():  # of two images, because some batch norms use the batch's own statistics in eval() too
+            widths = [tap.shape[1] for tap in body.eval()(self.input[:2].cpu())]
+        return nn.ModuleList([body, *(
+            nn.Sequential(nn.Upsample(target.shape[2:]), nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
+            for width, target in zip(widths, self.targets, strict=True))])
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         parameters, settings = list(network.parameters()), self.settings
@@ -498,10 +488,6 @@ class Regression:
         groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
                   {"params": [p for p in parameters if p.ndim <= 1]}]
         return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=True)
-
-    def noise(self) -> Tensor:
-        noise, drawn = self.task.noise, torch.empty_like(self.input)
-        return (drawn.uniform_(-1, 1) if noise.kind == "uniform" else drawn.normal_()).mul_(noise.level)
 
     def matched(self, stage: int, tap: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features (N, C) of a tap, and the target (N, T), of mean 0, that they must become. A larger tap is
@@ -595,8 +581,7 @@ def spearman_interval(a: Any, b: Any, resamples: int = 2000) -> tuple[float, flo
     if len(a) < 10:
         return math.nan, math.nan
     drawn = np.random.default_rng(0).integers(len(a), size=(resamples, len(a)))
-    low, high = np.nanquantile([spearman(a[places], b[places]) for places in drawn], (0.025, 0.975))
-    return float(low), float(high)
+    return tuple(np.nanquantile([spearman(a[places], b[places]) for places in drawn], (0.025, 0.975)).tolist())
 
 
 # ------------------------------------------------------------------------------------- regularized evolution (aging)
@@ -623,8 +608,7 @@ def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[
     return history
 
 
-def finale(history: list[tuple[Any, float]], key: Callable, evaluate: Callable[[list], list[float]],
-           finalists: int = 10) -> list[tuple[Any, float]]:
+def finale(history: list[tuple[Any, float]], key: Callable, evaluate: Callable, finalists: int = 10) -> list[tuple]:
     """Score the best different networks of an evolution anew, and return all (architecture, new score), best first.
 
     Not in the paper. What is on top after hundreds of draws stands there partly by luck of its parameters and images.
@@ -637,8 +621,7 @@ def finale(history: list[tuple[Any, float]], key: Callable, evaluate: Callable[[
 
 def draw_within(limits: dict[str, int], space: Any, draw: Callable, *given: Any) -> Any:
     """Return draw(*given), repeated until the benchmark's own network is within limits, {"params": most, ...}."""
-    for _ in range(500):
-        arch = draw(*given)
+    for arch in (draw(*given) for _ in range(500)):
         if all(getattr(space, name)(arch) <= most for name, most in limits.items()):
             return arch
     words = " and ".join(f"--max-{name} {most:,}" for name, most in limits.items())
@@ -652,15 +635,11 @@ def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tu
     """Draw each basis with chance 1/2, of any level and form, rounded as JSON has it; `fixed` fields are not drawn."""
     signals = []
     for basis in [basis for basis in bases if rng.random() < 0.5]:
-        own, drawn = BASES[basis][1], {"level": rng.randint(5, 29) / 10}
-        if "frequencies" in own:
-            low, high = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
-            drawn["frequencies"] = tuple(min(max(round(rng.uniform(low, high), 4), 1e-4), 0.4999) for _ in range(10))
-        if "density" in own:
-            drawn["density"] = round(rng.random(), 4)
-        if "per_sample" in own:
-            drawn["per_sample"] = rng.random() < 0.5
-        signals.append(Signal(basis, **drawn | fixed))
+        low, high = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
+        frequencies = tuple(min(max(round(rng.uniform(low, high), 4), 1e-4), 0.4999) for _ in range(10))
+        drawn = {"frequencies": frequencies, "density": round(rng.random(), 4), "per_sample": rng.random() < 0.5}
+        own = {name: drawn[name] for name in BASES[basis][1]}
+        signals.append(Signal(basis, rng.randint(5, 29) / 10, **own | fixed))
     return tuple(signals)
 
 
@@ -708,8 +687,6 @@ def search_task(start: list[AnyTask], draw: Callable[[random.Random], AnyTask], 
 # ===================================================================================================================
 # What stands above is the method. What follows runs it.
 # ===================================================================================================================
-
-
 # ----------------------------------------------------------------------------------------------------------- scorer
 Name = tuple[str, int, str]  # of a training: the task's digest, the seed, the network's key
 Item = tuple[Name, AnyTask, Any]  # a training to be done: its name, the task, the architecture
@@ -1248,29 +1225,24 @@ TASKS: dict[str, AnyTask] = {
     "nb101": Task(Noise("uniform", 0.1), (
         Stage(64, (
             Signal("sin2d", 1.1, True, (.0143, .0169, .0149, .0204, .0229, .0172, .0156, .0192, .0155, .0146)),)),
-        Stage(48, (
-            Signal("sin1d", 1.8, True, (.2991, .306, .3038, .288, .2934, .2961, .3059, .2929, .3056, .2959)),
-            Signal("sin2d", 2.9, True, (.3798, .3818, .3583, .3276, .2649, .2808, .4205, .3414, .3036, .4203)),
-            Signal("gdot", 1.1, True, density=0.578125), Signal("resize", 2.4))),
-        Stage(16, (
-            Signal("sin1d", 1.5, False, (.1539, .1057, .1066, .1576, .1337, .1051, .1319, .1318, .1028, .1094)),
-            Signal("sin2d", 0.9, False, (.1979, .2031, .1034, .2048, .1357, .2091, .2454, .0864, .1352, .1453)),
-            Signal("gdot", 2.1, False, density=0.4375), Signal("resize", 2.2))))),
+        Stage(48, (Signal("sin1d", 1.8, True, (.2991, .306, .3038, .288, .2934, .2961, .3059, .2929, .3056, .2959)),
+                   Signal("sin2d", 2.9, True, (.3798, .3818, .3583, .3276, .2649, .2808, .4205, .3414, .3036, .4203)),
+                   Signal("gdot", 1.1, True, density=0.578125), Signal("resize", 2.4))),
+        Stage(16, (Signal("sin1d", 1.5, False, (.1539, .1057, .1066, .1576, .1337, .1051, .1319, .1318, .1028, .1094)),
+                   Signal("sin2d", 0.9, False, (.1979, .2031, .1034, .2048, .1357, .2091, .2454, .0864, .1352, .1453)),
+                   Signal("gdot", 2.1, False, density=0.4375), Signal("resize", 2.2))))),
     "darts": Task(Noise("gaussian", 0.2), (
         Stage(80, (Signal("gdot", 1.6, True, density=0.5), Signal("resize", 1.3))),
         Stage(32, (Signal("dot", 2.2, True, density=0.71875), Signal("gdot", 1.0, False, density=0.609375),
                    Signal("resize", 2.1))),
         Stage(80, (Signal("gdot", 1.7, True, density=0.5625), Signal("resize", 0.5))))),
     "resnet": Task(Noise("gaussian", 0.9), (
-        Stage(16, (
-            Signal("sin1d", 1.1, False, (.3792, .3348, .3835, .2973, .3064, .3438, .2157, .3374, .3203, .2363)),
-            Signal("dot", 0.5, False, density=0.09375))),
-        Stage(16, (
-            Signal("sin2d", 1.2, True, (.1185, .2206, .0596, .2331, .2272, .2653, .1877, .1083, .1095, .0563)),
-            Signal("dot", 2.9, True, density=0.3125), Signal("resize", 2.3))),
-        Stage(32, (
-            Signal("sin2d", 1.8, True, (.3785, .3794, .3447, .2706, .2607, .3945, .2793, .3832, .3228, .3014)),
-            Signal("gdot", 2.1, False, density=0.5))))),
+        Stage(16, (Signal("sin1d", 1.1, False, (.3792, .3348, .3835, .2973, .3064, .3438, .2157, .3374, .3203, .2363)),
+                   Signal("dot", 0.5, False, density=0.09375))),
+        Stage(16, (Signal("sin2d", 1.2, True, (.1185, .2206, .0596, .2331, .2272, .2653, .1877, .1083, .1095, .0563)),
+                   Signal("dot", 2.9, True, density=0.3125), Signal("resize", 2.3))),
+        Stage(32, (Signal("sin2d", 1.8, True, (.3785, .3794, .3447, .2706, .2607, .3945, .2793, .3832, .3228, .3014)),
+                   Signal("gdot", 2.1, False, density=0.5))))),
     "nlp": RnnTask(Noise("uniform", 0.6), 48, (
         Signal("sin2d", 2.6, True, (.1955, .2282, .1843, .2073, .2208, .1345, .1703, .223, .1903, .1915)),), (
         Signal("sin2d", 0.8, True, (.1722, .1701, .1686, .1655, .1647, .1702, .1642, .1771, .1712, .1723)),

@@ -13,7 +13,6 @@ A search space is a class with
 
 An arch is a plain immutable value, `rng` a `random.Random`. Text enters by `parse` alone, with a ValueError that names
 what is wrong in it; the other methods take an arch that `parse`, `random` or `mutate` gave, and check nothing.
-
 The file needs torch only and can be copied alone.
 """
 from __future__ import annotations
@@ -169,8 +168,7 @@ class SearchSpace:
 
     def mutate(self, arch: Any, rng: random.Random, tries: int = 1000) -> Any:
         key = self.key(arch)
-        for _ in range(tries):
-            child = self.neighbour(arch, rng)
+        for child in (self.neighbour(arch, rng) for _ in range(tries)):
             if self.key(child) != key:
                 return child
         raise ValueError(f"no neighbour that differs was found of {self.format(arch)}")
@@ -390,8 +388,7 @@ class NB101(SearchSpace):
     name = task = "nb101"
     OPS = "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3"
     VERTICES, MOST_EDGES = 7, 9
-    spelling = ("[matrix, ops], an upper-triangular 0/1 matrix of 2 to 7 vertices and ops input, then "
-                f"{', '.join(OPS)}, then output")
+    spelling = f"[matrix, ops], an upper-triangular 0/1 matrix of 2 to 7 vertices; ops input, {', '.join(OPS)}, output"
 
     def __init__(self, width: int = 16, cells: int = 3, all_blocks: bool = False):
         self.width, self.cells, self.all_blocks = width, cells, all_blocks
@@ -730,8 +727,7 @@ class TwoInputCell(nn.Module):
         self.graph = graph
         before = FactorizedReduce(c_prev_prev, width) if reduction_prev else relu_conv_bn(conv(c_prev_prev, width, 1))
         self.preprocess = nn.ModuleList([before, relu_conv_bn(conv(c_prev, width, 1))])
-        self.ops = nn.ModuleList(OPS[op](width, 2 if reduction and max(inputs) < 2 else 1)
-                                 for op, inputs in graph[2:-1])
+        self.ops = nn.ModuleList(OPS[op](width, 1 + (reduction and max(inputs) < 2)) for op, inputs in graph[2:-1])
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:  # -> (B, nodes * width, H, W)
         maps = run_graph(self.graph, self.ops, [self.preprocess[0](before), self.preprocess[1](last)])
@@ -770,7 +766,7 @@ class Residual(SearchSpace):
     def __init__(self, kind: str, imagenet: bool = False, shrink: int = 1, all_blocks: bool = False):
         self.name, self.shrink, self.all_blocks = kind + "-in" * imagenet, shrink, all_blocks
         self.choices, self.bottleneck = self.KINDS[kind], kind != "resnet"
-        self.imagenet, self.side = imagenet, 224 if imagenet else 32
+        self.classes, self.side = (1000, 224) if imagenet else (10, 32)
         self.blocks = ("res_bottleneck_block",) if self.bottleneck else ("res_basic_block", "double_plain_block")
         self.strides = (1, 1, 2, 2) if not imagenet else (8, 1, 2, 2) if self.bottleneck else (4, 1, 2, 2, 2)
         self.stem = {"ds": 1, "ws": 64 if imagenet and self.bottleneck else 16, "bot_muls": 1.0, "num_gs": 1}
@@ -831,9 +827,7 @@ class Residual(SearchSpace):
                 block = residual_block(arch.block_type, c_in, c, stride, mid, groups)
                 network[-1].append(nn.Sequential(*entry, block))
                 c_in, stride, entry = c, 1, [nn.ReLU()]
-        if whole:
-            return Classifier(network, c_in, 1000 if self.imagenet else 10, tail=[nn.ReLU()])
-        return network.apply(normal_init)
+        return Classifier(network, c_in, self.classes, tail=[nn.ReLU()]) if whole else network.apply(normal_init)
 
 
 def residual_block(kind: str, c_in: int, c: int, stride: int, mid: int, groups: int) -> nn.Module:
@@ -984,28 +978,18 @@ class NBNLP(SearchSpace):
         return json.dumps({name: {"op": op, "input": list(inputs)} for name, op, inputs in arch})
 
     def build(self, arch: tuple[Node, ...], whole: bool = False) -> nn.Module:
-        """Build the network, if `whole` with the word embedding, whose weights the decoder shares."""
+        """Build the network, if `whole` with the decoder, whose matrix is the word embedding too."""
         widths = (400, 600, 600, 400) if whole else self.widths
-        network = RecurrentNetwork(self.graph(arch, whole), widths, self.reservoir)
-        if not whole:
-            return network
-        encoder, decoder = nn.Embedding(self.WORDS, 400), nn.Linear(400, self.WORDS)
-        decoder.weight = encoder.weight
-        return nn.ModuleList([encoder, network, decoder])
-
-
-class RecurrentNetwork(nn.Sequential):
-    """Layers with locked dropout, one mask over time, after each: .25 between layers, .1 at the end."""
-
-    def __init__(self, graph: Graph, widths: tuple[int, ...], reservoir: bool = False):
-        drops = [0.25] * (len(widths) - 2) + [0.1]
-        super().__init__(*map(partial(RecurrentLayer, graph, reservoir), widths, widths[1:], drops))
-        self.width = widths[0]
+        drops = [0.25] * (len(widths) - 2) + [0.1]  # between layers, and at the end
+        layer = partial(RecurrentLayer, self.graph(arch, whole), self.reservoir)
+        network = nn.Sequential(*map(layer, widths, widths[1:], drops))
+        network.width = widths[0]
+        return nn.ModuleList([network, nn.Linear(400, self.WORDS)]) if whole else network
 
 
 class RecurrentLayer(nn.Module):
-    """A recipe's graph run over a sequence, hidden states from zero. Weight drop .1 on all matrices but those of x,
-    which are the only ones that are trained in a `reservoir`."""
+    """A recipe's graph run over a sequence, hidden states from zero; then locked dropout, one mask over time. Weight
+    drop .1 on all matrices but those of x, which are the only ones that are trained in a `reservoir`."""
     OPS: dict[str, Callable[..., Tensor | None]] = {
         "activation_tanh": torch.tanh, "activation_sigm": torch.sigmoid, "activation_leaky_relu": F.leaky_relu,
         "elementwise_sum": torch.add, "elementwise_prod": torch.mul,
@@ -1085,12 +1069,11 @@ def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
         entries = json.loads(Path(path).read_bytes())  # of bytes: with a byte-order mark or in UTF-16 too
         require(isinstance(entries, list) and entries != [], json.dumps(entries)[:60])
         for number, entry in enumerate(entries):
-            where, pair = "", isinstance(entry, list) and len(entry) == 2
-            require(pair, f"entry {number} is {json.dumps(entry):.60}, expected [architecture, value]")
+            where, pair = f", entry {number}", isinstance(entry, list) and len(entry) == 2
+            require(pair, f"{json.dumps(entry):.60}, expected [architecture, value]")
             arch, value = entry
             right = isinstance(value, (int, float)) and math.isfinite(value)
-            require(right, f"value {json.dumps(value)} in entry {number}, expected a number")
-            where = f", entry {number}"
+            require(right, f"value {json.dumps(value)}, expected a number")
             labels.append((space.parse(arch if isinstance(arch, str) else json.dumps(arch)), float(value)))
     except ValueError as error:
         raise ValueError(f"labels {path}{where}: {error}") from None

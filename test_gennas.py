@@ -188,7 +188,7 @@ def test_tasks_read_back_what_they_write():
     *[(".stages.0.channels", value) for value in (0, 641, 8.0)], (".stages.0.signals", None), (".stages.0.signals", {}),
     (".stages.0.signals.0", "dot"), *[(".stages.0.signals.0.basis", value) for value in ("cos", [])],
     *[(".stages.0.signals.0.level", value) for value in ("1", None, -1)],
-    *[(".stages.0.signals.0.frequencies", value) for value in ([0.1] * 9, [0.1] * 9 + [0.5], None)],
+    *[(".stages.0.signals.0.frequencies", value) for value in ([0.1] * 9, [0.1] * 9 + [0.5], [], None)],
     (".stages.0.signals.0.density", 0.5), (".stages.1.signals.0.density", 1.01),
     (".stages.0.signals.0.per_sample", "false"), (".stages.2.signals", [{"basis": "resize", "level": 1.0}] * 2),
     *[(".weights", value) for value in ({"loss": 1.0}, {"log loss": math.inf}, [1])],
@@ -601,7 +601,7 @@ def test_search_resumes(tmp_path, undisturbed, victim, lines, status):
     assert wait_for(lambda: len(children(process)) == 2 and out.read_bytes().count(b"\n") >= lines)
     os.kill(process.pid if victim == "main" else children(process)[0], os_signal.SIGKILL)
     stderr = process.communicate(timeout=20)[1]  # waits for all that hold the two pipes, as workers do
-    assert process.returncode == status and "Traceback" not in stderr
+    assert process.returncode == status and ("Traceback" not in stderr or lines == 0)  # of a worker as it starts
     assert victim == "main" or "a worker died" in stderr.splitlines()[-1]
     assert lines <= len(recorded(out)) + 1 <= len(undisturbed[1])
     assert search_here(out) == undisturbed[0] and recorded(out) == undisturbed[1]
@@ -1203,10 +1203,10 @@ def test_labels_files(tmp_path):
         path.write_text(json.dumps(entries), encoding)
         assert search_spaces.load_labels(NBNLP(), path) == [(parsed(NBNLP(), RECIPE), value) for value in (1, 2.5)]
     for content, wrong in [("words", "no JSON list"), ("{}", "no JSON list of [architecture, value]: {}"),
-                           ("[]", "no JSON list"), (json.dumps([NET]), "entry 0 is {"), ("[[[1], 2, 3]]", "entry 0 is"),
-                           (json.dumps([*entries, [RECIPE, math.nan]]), "value NaN in entry 2, expected a number"),
+                           ("[]", "no JSON list"), (json.dumps([NET]), "entry 0: {"), ("[[[1], 2, 3]]", "entry 0: ["),
+                           (json.dumps([*entries, [RECIPE, math.nan]]), "entry 2: value NaN, expected a number"),
                            (json.dumps([*entries, ["x", 1]]), "entry 2: not a network of nbnlp"),
-                           (json.dumps([[RECIPE, "high"]]), 'value "high" in entry 0')]:
+                           (json.dumps([[RECIPE, "high"]]), 'entry 0: value "high"')]:
         path.write_text(content)
         with pytest.raises(ValueError, match=re.escape(wrong)) as error:
             search_spaces.load_labels(NBNLP(), path)
