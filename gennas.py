@@ -1,560 +1,557 @@
 # SPDX-License-Identifier: MIT
 """GenNAS: score a neural architecture without labels, by how well it regresses synthetic signals after a few steps.
 
-Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (NeurIPS 2021, arXiv 2108.01899).
+    python gennas.py --space nb201                                      # search for a good cell
+    python gennas.py --space nb201 --mode score "[[3],[3,2],[1,4,3]]"   # score one cell; a lower score is better
+    python gennas.py --space nb201 --mode correlate                     # compare scores with recorded accuracies
+    python gennas.py --space nb201 --mode show --preset paper           # print a task and the formula of the score
 
-1. A task says which mix of synthetic signals a network's three stages must reproduce, given one batch of images.
-2. The network is trained on it for a few steps; what it does not reproduce is its loss.
-3. The log of the loss is its score (the preset "fast" adds other terms, see PRESETS): the lower, the better.
-4. Regularized evolution searches the architecture of the best score, or, on labelled architectures, the best task. What
-   it finds is trained again with fresh seeds: the finale.
+Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (NeurIPS 2021, arXiv 2108.01899). The
+default, `--preset fast`, is not the paper's setting, and its constants were chosen on labels (see PRESETS);
+`--preset paper` is the paper's setting.
 
-Above the banner stands the method, in the order in which it runs: signal bases, task, images, regression, score, rank
-correlation, evolution. Below it stands what runs it: `Scorer`, the way in from Python; record, workers, pictures; the
-command line (`python gennas.py --help`); the authors' tasks.
+1. A task sets a target for each of a network's three stages: a sum of synthetic signals.
+2. The network is trained for a few steps to regress the targets from one batch of images.
+3. The log of its loss is its score. The lower the score, the better the architecture.
+4. Regularized evolution searches for the architecture with the best score, or for the task that ranks labels best.
+
+Begin with `Regression.__call__`: it takes one network from its construction to its losses. The lines above the banner
+are the core: the whole method for convolutional networks, in the order in which it runs. They work when they are
+copied alone. The lines below the banner serve the core: rank correlation, presets, recurrent networks, the authors'
+tasks, `Scorer` (the way in from Python), the record of a run, workers, pictures, modes and the command line.
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
-import multiprocessing
-import os
 import random
-import signal
-import sys
 import threading
-import time
-import zipfile
-from collections import Counter, deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
-from functools import lru_cache, partial
-from importlib.util import find_spec
-from pathlib import Path
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a training. The defaults are the paper's; the preset "fast" differs, see PRESETS."""
-    steps: int = 100  # of training; after 0 the untrained network is scored
+    """The settings of one training. The defaults are the paper's."""
+    steps: int = 100  # training steps; with 0 the untrained network is scored
     learning_rate: float = 0.1  # of SGD, constant
-    momentum: float = 0.9
-    weight_decay: float = 4e-5  # on parameters of more than one dimension
-    rnn_learning_rate: float = 1e-3  # of Adam; the benchmark's own
-    rnn_weight_decay: float = 1.2e-6  # on all parameters
-    stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # of the stages in the loss; one of weight 0 is not trained
-    batch: int = 16  # images or sequences
-    side: int = 32  # of the images, in pixels
-    size: int = 8  # side of the targets, length of the sequences
-    ridge: float | None = None  # penalty of solved heads; None: the heads are trained, as the network is
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 4e-5  # of SGD, on parameters of more than one dimension
+    rnn_learning_rate: float = 1e-3  # of Adam, which trains recurrent networks
+    rnn_weight_decay: float = 1.2e-6  # of Adam, on all parameters
+    stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # of the stages in the loss; a stage of weight 0 is left out
+    batch: int = 16  # number of images, or of sequences
+    side: int = 32  # height and width of the images, in pixels
+    size: int = 8  # height and width of the targets, in pixels; or length of the sequences, in time steps
+    ridge: float | None = None  # ridge penalty of solved heads; None: the heads are trained with the network
 
 
-class Preset(NamedTuple):
-    """The way in which the networks of a family of spaces are trained and scored."""
-    settings: Settings
-    sizes: dict[str, Any] = {}  # of the network that is trained: arguments of the space's class in search_spaces
-    weights: dict[str, float] = {"log loss": 1.0}  # of the terms of a score; all but this default were chosen on labels
-    task: str | None = None  # None: the space's own
-
-
-FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.005, side=16, ridge=1.0)
-WITH_SIZE = {"log loss": 1.0, "log params": -0.03}  # not in the paper: at an equal loss the larger network is better
-CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, WITH_SIZE, "combo")
-RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, WITH_SIZE, "combo")
-# preset -> family of spaces -> how it is scored; "": families that are not named, and spaces of your own
-PRESETS: dict[str, dict[str, Preset]] = {
-    "paper": {"": Preset(Settings()), "nbnlp": Preset(Settings(), {"reservoir": True})},
-    "fast": {
-        "": Preset(FAST),
-        # stage 1 ranks nb101 and nb201 backwards
-        "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True},
-                        {"log loss": 1.0, "log loss 2 after": 1.0}),
-        # five cells a stage, as in the benchmark, and how far stage 3 has come from "before" tell the best apart
-        "nb201": Preset(replace(FAST, steps=10, learning_rate=0.3, batch=8, side=24, stage_weights=(0.0, 0.5, 1.0)),
-                        {"width": 8, "cells": 5, "all_blocks": True},
-                        {"log loss": 1.0, "log params": -0.07, "log loss 3 before": -0.15}),
-        # here depth is good, and early losses punish it: the loss alone ranks backwards
-        "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32), {"width": 8}, {
-            "log loss": 1.0, "log loss 1 after": 7.0, "log loss 2 after": -1.4, "log loss 3 before": -0.2}, "combo"),
-        "nbnlp": Preset(replace(FAST, steps=72, batch=32, size=4), {"reservoir": True, "widths": (100, 150, 150, 100)}),
-        **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
-        **dict.fromkeys(("resnet", "resnext-a"), RESIDUAL),
-        "resnext-b": RESIDUAL._replace(sizes={"shrink": 4, "all_blocks": True}),
-    },
-}
-
-
-# ----------------------------------------------------------------------------------------- signal bases (paper, 3.2)
-# Each function returns C maps for each of B images, a tensor (B, C, H, W), drawn from the generator `rng` (a CPU one,
-# so that all devices regress the same signals). Positions count from 1 along both axes.
-Shape = tuple[int, int, int, int]
-MAPS_PER_WAVE = 32
+# ---------------------------------------------------------------------------------- signal bases (paper, 3.2)
+# A basis draws C maps for each of B images: a tensor (B, C, H, W). All its random numbers come from `rng`, a generator
+# on the CPU, so that the signals are equal on all devices. Positions y and x count from 1.
+Shape = tuple[int, int, int, int]  # B, C, H, W
 
 
 def sin1d(rng: torch.Generator, shape: Shape, frequencies: Iterable[float]) -> Tensor:
-    """Draw waves sin(2 pi f y + phi) and sin(2 pi f x + phi)."""
+    """Draw waves sin(2 pi f y + phi) and sin(2 pi f x + phi). A frequency f is in cycles per position."""
     f = torch.tensor(tuple(frequencies))
     return sinusoids(rng, shape, torch.cat([f, 0 * f]), torch.cat([0 * f, f]))
 
 
 def sin2d(rng: torch.Generator, shape: Shape, frequencies: Iterable[float]) -> Tensor:
-    """Draw waves sin(2 pi f y + 2 pi g x + phi) and their mirror images in y, for all ordered pairs f, g."""
+    """Draw waves sin(2 pi (f y + g x) + phi) and sin(2 pi (-f y + g x) + phi), for all ordered pairs f, g."""
     f, g = torch.cartesian_prod(*[torch.tensor(tuple(frequencies))] * 2).T
     return sinusoids(rng, shape, torch.cat([f, -f]), torch.cat([g, g]))
 
 
-def sinusoids(rng: torch.Generator, shape: Shape, fy: Tensor, fx: Tensor) -> Tensor:
-    """Draw C of the maps sin(2 pi (fy y + fx x) + phi), at most 32 of each wave (fy, fx) for an image. The authors draw
-    half of them as cosines, which are sines too, since phi ~ U(0, 2 pi)."""
+def sinusoids(rng: torch.Generator, shape: Shape, fy: Tensor, fx: Tensor, copies: int = 32) -> Tensor:
+    """Draw maps sin(2 pi (fy y + fx x) + phi), phi uniform in (0, 2 pi), from 32 copies of each wave (fy, fx).
+
+    An image gets no copy twice. The authors draw half of the maps as cosines; with such a phase these are sines too.
+    """
     B, C, H, W = shape
-    maps = torch.rand(B, len(fy) * MAPS_PER_WAVE, generator=rng).topk(C).indices  # (B, C)
-    wave = (maps // MAPS_PER_WAVE)[..., None, None]
+    maps = torch.rand(B, len(fy) * copies, generator=rng).topk(C).indices  # (B, C)
+    wave = (maps // copies)[..., None, None]  # (B, C, 1, 1)
     phase = 2 * math.pi * torch.rand(B, C, 1, 1, generator=rng)
     y, x = torch.arange(1, H + 1)[:, None], torch.arange(1, W + 1)
     return torch.sin(2 * math.pi * (fy[wave] * y + fx[wave] * x) + phase)
 
 
 def dot(rng: torch.Generator, shape: Shape, density: float, least: int = 0) -> Tensor:
-    """Set floor(density H W) positions, at least `least`, to +1 or -1; the others are 0."""
+    """Set floor(density H W) random positions of each map, at least `least`, to +1 or -1. The others are 0."""
     B, C, H, W = shape
     dots = max(least, math.floor(density * H * W))
-    shuffled = torch.rand(B, C, H * W, generator=rng).argsort(-1)
+    order = torch.rand(B, C, H * W, generator=rng).argsort(-1)
     signs = 2 * torch.randint(0, 2, (B, C, H * W), generator=rng) - 1
-    return torch.where(shuffled < dots, signs, 0).float().view(shape)
+    return torch.where(order < dots, signs, 0).float().view(shape)
 
 
 def gdot(rng: torch.Generator, shape: Shape, density: float) -> Tensor:
-    """Smooth dots by a gaussian of sigma 1, and divide by the map's largest absolute value."""
+    """Smooth dots by a gaussian of sigma 1, and divide each map by its largest absolute value."""
     smooth = blur_matrix(shape[2]) @ dot(rng, shape, density, least=1) @ blur_matrix(shape[3]).T
     return smooth / smooth.abs().amax((2, 3), keepdim=True)
 
 
 def blur_matrix(size: int, radius: int = 4) -> Tensor:
-    """Return the convolution with a gaussian, cut at `radius`, its border mirrored, as a matrix (size, size)."""
+    """Return the matrix (size, size) of a convolution with a gaussian cut at `radius`; the border is mirrored."""
     gaussian = np.exp(-np.arange(-radius, radius + 1) ** 2 / 2)
     mirrored = np.pad(np.eye(size), ((radius, radius), (0, 0)), mode="symmetric")
-    windows = np.lib.stride_tricks.sliding_window_view(mirrored, 2 * radius + 1, axis=0)  # (size, size, 2 radius + 1)
+    windows = np.lib.stride_tricks.sliding_window_view(mirrored, 2 * radius + 1, axis=0)
     return torch.from_numpy(windows @ (gaussian / gaussian.sum())).float()
 
 
 def resize(rng: torch.Generator, shape: Shape, images: Tensor) -> Tensor:
-    """Make the images (B, 3, h, w) H x W, scaled to [-1, 1] as a whole; each map is one random colour."""
+    """Shrink the images (B, 3, h, w) to H x W and scale them to [-1, 1]. Each map is one of their colours, at random."""
     small = F.interpolate(images, size=shape[2:])
     low, high = small.aminmax()
     return (2 * (small - low) / (high - low) - 1)[:, torch.randint(0, 3, (shape[1],), generator=rng)]
 
 
-# basis -> its function, and the fields that a signal of it has besides its level
+# basis -> its function, and the fields that its signals have besides the level; the function is called with the first
 BASES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "sin1d": (sin1d, ("frequencies", "per_sample")),
     "sin2d": (sin2d, ("frequencies", "per_sample")),
     "dot": (dot, ("density", "per_sample")),
     "gdot": (gdot, ("density", "per_sample")),
-    "resize": (resize, ()),
+    "resize": (resize, ()),  # is called with the images
 }
 
 
-# -------------------------------------------------------------------------------------------------- task (paper, 3.3)
-def check(right: bool, name: str, value: Any, expected: str) -> None:
-    """Raise ValueError, which names what is wrong and what would be right, unless it is right."""
-    if not right:
-        raise ValueError(f"{name}: expected {expected}, not {value!r:.80}")
-
-
+# ------------------------------------------------------------------------------------------ task (paper, 3.3)
 def seed_of(*purpose: Any) -> int:
-    """Return a seed that depends on what it is for and on nothing else: not on order, process or machine."""
-    return int(digest_of(json.dumps(purpose).encode())[:8], 16)
-
-
-def digest_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
+    """Return a seed that depends on its purpose alone: not on the order of calls, the process or the machine."""
+    return int(hashlib.sha256(json.dumps(purpose).encode()).hexdigest()[:8], 16)
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A summand of a target: `level` (0 to 10) times maps of a basis."""
-    basis: str
-    level: float
-    per_sample: bool | None = None  # whether each image has maps of its own or all share theirs; not of resize
-    frequencies: tuple[float, ...] | None = None  # of sin1d and sin2d: 10, in cycles per position, inside of (0, 0.5)
-    density: float | None = None  # of dot and gdot: the share of positions, 0 to 1
+    """One summand of a target: `level` times the maps of a basis."""
+    basis: str  # a name of BASES
+    level: float  # 0 to 10
+    per_sample: bool | None = None  # whether each image has maps of its own; otherwise all images share theirs
+    frequencies: tuple[float, ...] | None = None  # of sin1d and sin2d: ten, above 0 and below 0.5 cycles per position
+    density: float | None = None  # of dot and gdot: the share of the positions that are dots, 0 to 1
 
-    def __post_init__(self) -> None:
-        check(self.basis in BASES, "basis", self.basis, f"one of {', '.join(BASES)}")
-        check(0 <= self.level <= 10, "level", self.level, "a number from 0 to 10")
-        own = tuple(name for name in ("frequencies", "density", "per_sample") if getattr(self, name) is not None)
-        check(own == BASES[self.basis][1], f"fields of a {self.basis}", own, f"{BASES[self.basis][1]}")
-        f = (0.1,) * 10 if self.frequencies is None else self.frequencies
-        check(len(f) == 10 and 0 < min(f) and max(f) < 0.5, "frequencies", f, "10 numbers above 0 and below 0.5")
-        check(0 <= (self.density or 0) <= 1, "density", self.density, "a number from 0 to 1")
-        check(self.per_sample in (None, True, False), "per_sample", self.per_sample, "true or false")
-
-    def maps(self, shape: Shape, images: Tensor | None, *purpose: Any) -> Tensor:
-        """Draw the maps, (B, C, H, W), or (1, C, H, W) if all images share them, from a generator that the purpose and
-        the basis seed, so that no other signal matters."""
-        rng = torch.Generator().manual_seed(seed_of(*purpose, self.basis))
-        draw, fields = BASES[self.basis]
-        return draw(rng, shape if self.per_sample else (1, *shape[1:]), getattr(self, fields[0]) if fields else images)
+    def maps(self, shape: Shape, images: Tensor | None, target: str, seed: int) -> Tensor:
+        """Draw this signal's maps for the target of that name: (B, C, H, W), or (1, C, H, W) if all images share them.
+        The seed depends on the target's name and the basis, so that adding a signal changes no other signal's draw."""
+        rng = torch.Generator("cpu").manual_seed(seed_of(target, seed, self.basis))
+        function, fields = BASES[self.basis]
+        shape = shape if self.per_sample else (1, *shape[1:])
+        return function(rng, shape, getattr(self, fields[0]) if fields else images)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise on the input of every pass: uniform in [-level, level], or gaussian times the level (0 to 10)."""
-    kind: str
-    level: float
-
-    def __post_init__(self) -> None:
-        check(self.kind in ("uniform", "gaussian"), "kind", self.kind, "uniform or gaussian")
-        check(0 <= self.level <= 10, "level", self.level, "a number from 0 to 10")
+    """The noise on the input, drawn afresh for every pass."""
+    kind: str  # "uniform" in [-level, level], or "gaussian" with standard deviation `level`
+    level: float  # 0 to 10
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The target of one tap: `channels` (1 to 640, so many maps has sin1d) sums of signals."""
-    channels: int
-    signals: tuple[Signal, ...]
-
-    def __post_init__(self) -> None:
-        check(type(self.channels) is int and 1 <= self.channels <= 640, "channels", self.channels, "1 to 640")
-        right = type(self.signals) is tuple and len({s.basis for s in self.signals}) == len(self.signals)
-        check(right, "signals", self.signals, "a list of signals, no basis twice")
+    """The target of one stage. Each of its channels is a sum of signals."""
+    channels: int  # 1 to 640, since sin1d has 640 maps
+    signals: tuple[Signal, ...]  # no basis twice
 
 
 @dataclass(frozen=True)
-class AnyTask:
-    """A task of either kind of network, which says what `parts` it has: tensors, and the signals of each."""
+class Task:
+    """A task: what a network must regress at the ends of its three stages, and the noise on its input."""
     noise: Noise
-    weights: dict[str, float] | None = field(default=None, hash=False, kw_only=True)  # of a score's terms, see TERMS
-
-    def __post_init__(self) -> None:
-        check(isinstance(self.noise, Noise), "noise", self.noise, "a kind and a level")
-        if self.weights is not None:
-            right = set(self.weights) <= set(TERMS) and all(abs(w) < math.inf for w in self.weights.values())
-            check(right, "weights", self.weights, f"numbers by term, of {', '.join(TERMS)}")
-
-    def draw(self, images: Tensor | None, seed: int, batch: int = 16, size: int = 8) -> list[Tensor]:
-        """Draw the tensors (B, C, H, W) of all parts, sums of level * maps, from (task, images, seed) alone."""
-        return [sum((signal.level * signal.maps(shape, images, name, seed) for signal in signals), torch.zeros(shape))
-                for name, (signals, shape) in self.parts(batch, size).items()]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None}))
-
-    def digest(self) -> str:
-        """Return what names the signals in a record, whatever their weights, a level of 1 being one of 1.0."""
-        numbers = json.loads(replace(self, weights=None).to_json(), parse_int=float)
-        return digest_of(json.dumps(numbers).encode())
-
-
-@dataclass(frozen=True)
-class Task(AnyTask):
-    """A task: what a CNN must regress at its three taps, and the noise on its input."""
     stages: tuple[Stage, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check([type(stage) for stage in self.stages] == [Stage] * 3, "stages", self.stages, "three")
+    weights: dict[str, float] | None = None  # of the terms of a score, see `terms`; None: not part of the task
 
     def parts(self, batch: int, size: int) -> dict[str, tuple[tuple[Signal, ...], Shape]]:
-        """Return, by the name of a tensor, the signals that it sums, and its shape."""
+        """Return the signals and the shape of each target, by the target's name."""
         return {f"target {number}": (stage.signals, (batch, stage.channels, size, size))
                 for number, stage in enumerate(self.stages, start=1)}
 
-
-@dataclass(frozen=True)
-class RnnTask(AnyTask):
-    """A task: what a recurrent network must make of what, sequences of `dimension` (1 to 1024) numbers. A sequence is
-    one map; y is its time, x its feature."""
-    dimension: int
-    input: tuple[Signal, ...]
-    target: tuple[Signal, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(type(self.dimension) is int and 1 <= self.dimension <= 1024, "dimension", self.dimension, "1 to 1024")
-        check(all(s.per_sample for s in self.input + self.target), "per_sample", False, "true in all signals")
-
-    def parts(self, batch: int, size: int) -> dict[str, tuple[tuple[Signal, ...], Shape]]:
-        return {name: (getattr(self, name), (batch, 1, size, self.dimension)) for name in ("input", "target")}
+    def draw(self, images: Tensor | None, seed: int, batch: int = 16, size: int = 8) -> list[Tensor]:
+        """Draw the targets (B, channels, size, size). They depend on (task, images, seed) alone."""
+        targets = []
+        for name, (signals, shape) in self.parts(batch, size).items():
+            maps = [signal.level * signal.maps(shape, images, name, seed) for signal in signals]
+            targets.append(sum(maps, torch.zeros(shape)))
+        return targets
 
 
 MEDIUM = (.125, .15, .175, .2, .225, .25, .275, .3, .325, .35)
 HIGH = (.375, .3875, .4, .4125, .425, .4375, .45, .4625, .475, .4875)
-COMBO = Task(Noise("gaussian", 0.0), (  # the authors' task that is made by hand; TASKS, at the end, has the others
+COMBO = Task(Noise("gaussian", 0.0), (  # the task that the authors made by hand
     Stage(64, (Signal("sin1d", 1.0, True, HIGH), Signal("sin2d", 1.0, True, HIGH),
                Signal("dot", 1.0, True, density=1.0))),
     Stage(64, (Signal("sin1d", 1.0, True, HIGH), Signal("sin2d", 1.0, True, MEDIUM), Signal("resize", 1.0))),
     Stage(64, (Signal("sin1d", 1.0, True, HIGH), Signal("dot", 1.0, True, density=1.0), Signal("resize", 1.0)))))
 
 
-def task_from_json(text: str | bytes, name: str = "task") -> AnyTask:
-    """Return the task that `to_json` wrote. ValueError tells what is absent, unknown or out of range."""
-    try:
-        task = json.loads(text, object_hook=part_from_json)
-        check(isinstance(task, AnyTask), "JSON", task, "an object with stages, or with dimension, input and target")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
-    return task
-
-
-def part_from_json(values: dict[str, Any]) -> Any:
-    """Return the part of a task that has such fields; the weights stay a dict."""
-    kinds = {"basis": Signal, "kind": Noise, "channels": Stage, "stages": Task, "dimension": RnnTask}
-    kind = next((kind for name, kind in kinds.items() if name in values), dict)
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-# ----------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 def synthetic_images(seed: int, batch: int) -> Tensor:
-    """Draw (B, 3, 32, 32): noise with the 1/f spectrum of natural images, 0.9 of its variance common to the colours."""
-    rng = torch.Generator().manual_seed(seed_of("images", seed))
-    frequency = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)).clamp(min=1 / 32)  # (32, 17)
-    maps = torch.fft.irfft2(torch.fft.rfft2(torch.randn(batch, 4, 32, 32, generator=rng)) / frequency)
-    return normalised(0.9 ** 0.5 * maps[:, :1] + 0.1 ** 0.5 * maps[:, 1:])
-
-
-def read_images(path: str, batch: int) -> Tensor:
-    """Return the first images of a .npy, or of an .npz's first array of four dimensions, normalised, (B, 3, 32, 32).
-    ValueError unless it is uint8, or float in [0, 1], (N, H, W, 3) or (N, 3, H, W)."""
-    try:
-        array = np.load(path, mmap_mode="r")  # a .npy is mapped, not read; pickles are refused
-        if isinstance(array, np.lib.npyio.NpzFile):
-            array = next((array[name] for name in array.files if array[name].ndim == 4), np.empty(0))
-        right = array.ndim == 4 and 3 in (array.shape[1], array.shape[3]) and len(array) >= batch
-        check(right, "shape", array.shape, f"(N, H, W, 3) or (N, 3, H, W), N at least {batch}")
-        images = torch.from_numpy(np.array(array[:batch], np.float32)) / (255 if array.dtype == np.uint8 else 1)
-        check(bool(0 <= images.min() <= images.max() <= 1), "values", array.dtype.name, "uint8, or float from 0 to 1")
-        return resized(normalised(images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images), 32)
-    except (EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"images {path}: {error}; expected a .npy or .npz array") from None
+    """Draw images (B, 3, 32, 32): noise with the 1/f spectrum of natural images, most of it common to the colours."""
+    with isolated(), torch.device("cpu"):
+        rng = torch.Generator("cpu").manual_seed(seed_of("images", seed))
+        frequency = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)).clamp(min=1 / 32)
+        spectrum = torch.fft.rfft2(torch.randn(batch, 4, 32, 32, generator=rng)) / frequency  # (B, 4, 32, 17)
+        maps = torch.fft.irfft2(spectrum)  # (B, 4, 32, 32): the common map, and one for each colour
+        return normalised(0.9 ** 0.5 * maps[:, :1] + 0.1 ** 0.5 * maps[:, 1:])  # the numbers are shares of variance
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Return images (B, 3, H, W) less the mean of each colour, over its standard deviation."""
+    """Return the images (B, 3, H, W) with mean 0 and standard deviation 1 in each colour."""
     std, mean = torch.std_mean(images, (0, 2, 3), keepdim=True)
-    check(bool(std.min() > 0), "colours", "one that is the same everywhere", "varied ones")
     return (images - mean) / std
 
 
 def resized(images: Tensor, side: int) -> Tensor:
-    """Return (B, 3, H, W) as (B, 3, side, side): larger by nearest, smaller without aliasing."""
-    smaller = side < max(images.shape[2:])
-    return F.interpolate(images, size=side, mode="bilinear" if smaller else "nearest", antialias=smaller)
+    """Return the images (B, 3, H, W) as (B, 3, side, side): enlarged by nearest, shrunk without aliasing."""
+    shrink = side < max(images.shape[2:])
+    return F.interpolate(images, size=side, mode="bilinear" if shrink else "nearest", antialias=shrink)
 
 
-# ------------------------------------------------------------------------------------------ regression (paper, 3.1)
+# ------------------------------------------------------------------------------------ regression (paper, 3.1)
+LOCK = threading.RLock()
+
+
+@contextmanager
+def isolated(device: torch.device = torch.device("cpu")) -> Iterator[None]:
+    """Set everything global in PyTorch that a training depends on, and put back what was there.
+
+    Inside, gradients are on, inference mode and autocast are off, float32 is the default dtype, in full precision, the
+    CPU has one thread, cuDNN is deterministic. The threads of a process take turns; processes run in parallel.
+    """
+    with (LOCK, torch.inference_mode(False),  # which turns gradients on, too
+          torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+          torch.backends.cudnn.flags(enabled=True, deterministic=True),
+          torch.random.fork_rng([device] if device.type == "cuda" else [])):
+        threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+        precision = torch.get_float32_matmul_precision()
+        try:
+            torch.set_num_threads(1)  # small maps gain nothing from more, and sums depend on their number
+            torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(precision)
+
+
 class Trained(NamedTuple):
-    """The result of a training."""
-    loss: float  # after the last step, weighted over the stages; not finite: it diverged
-    losses: list[list[float]]  # of each stage, steps + 1: before each step and, in eval() mode, after the last
-    params: int  # of the network that was trained, without heads
-    seconds: float = 0.0  # as a Scorer measures them
+    """The result of one training."""
+    loss: float  # after the last step, the weighted sum over the stages; not finite if the network diverged
+    losses: list[list[float]]  # of each stage, steps + 1 losses: before each step, and in eval() mode after the last
+    params: int  # number of parameters of the network that was trained, without heads
+    seconds: float = 0.0  # time that it took, if a `Scorer` measured it
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return maps (B, C, H, W) as (B H W, C), a row for each position, or sequences (B, T, C) as (B T, C)."""
+    """Return maps (B, C, H, W) as rows (B H W, C), one for each position, or sequences (B, T, C) as (B T, C)."""
     return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).flatten(0, -2)
 
 
 def ridge_loss(features: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """Return the mean squared error of the linear head that is best for these features, and its penalty.
+    """Return the mean squared error of the best linear head for these features, plus its ridge penalty.
 
-    That is the minimum over W of mean((F W - Y)^2) + ridge |W|^2 / T, for features F (N, C), which are standardised
-    here, and a target Y (N, T) of mean 0. W = (F'F + ridge N I)^-1 F'Y = F'(FF' + ridge N I)^-1 Y, in the smaller form.
-    That W depends on F adds nothing to the gradient, at its minimum (variable projection: Golub and Pereyra, 1973).
+    That is the minimum over W of mean((F W - Y)^2) + ridge |W|^2 / T, for standardised features F (N, C) and a centred
+    target Y (N, T). W is (F'F + ridge N I)^-1 F'Y, or F'(FF' + ridge N I)^-1 Y, which is the same and smaller if C > N.
+    At the minimum, that W depends on F adds nothing to the gradient (Golub and Pereyra, 1973).
     """
-    features = F.batch_norm(features, None, None, training=True)
+    features = F.batch_norm(features, None, None, training=True)  # (N, C)
+    target = target - target.mean(0)  # (N, T)
     n, channels = features.shape
     with torch.no_grad():
         wide = channels > n
-        gram = features @ features.T if wide else features.T @ features
+        gram = features @ features.T if wide else features.T @ features  # (N, N) or (C, C)
         gram.diagonal().add_(ridge * n)
-        factor = torch.linalg.cholesky_ex(gram).L  # unlike `cholesky` and `cholesky_solve`, these let no host wait
+        factor = torch.linalg.cholesky_ex(gram).L  # unlike `cholesky`, this does not make the host wait for a GPU
         head = torch.linalg.solve_triangular(factor, target if wide else features.T @ target, upper=False)
-        head = torch.linalg.solve_triangular(factor.T, head, upper=True)
-        head = features.T @ head if wide else head
+        head = torch.linalg.solve_triangular(factor.T, head, upper=True)  # (N, T) or (C, T)
+        head = features.T @ head if wide else head  # (C, T)
     return F.mse_loss(features @ head, target) + ridge * head.square().sum() / target.shape[1]
 
 
 class Regression:
-    """The regression of one task on one batch of images, the same targets for every architecture (paper, 3.1).
+    """The regression of one task from one batch of images (paper, 3.1). All architectures get the same targets.
 
-    `regression(space, arch)` trains the network and returns its losses, a pure function of (space, space.key(arch),
-    task, images, settings, seed) and the kind of device. The state of the global generators is put back. `images`,
-    (B, 3, H, W), are made settings.side pixels wide; a recurrent task needs none, its input is a signal.
+    `regression(space, arch)` trains one network and returns its losses. They are a pure function of (space, arch's key,
+    task, images, settings, seed) and the kind of device, whatever the calling program has set (see `isolated`). Only a
+    thread that draws from PyTorch's global generator meanwhile would change them. Of `images` (B, 3, H, W), the first
+    settings.batch are used.
 
-    The paper trains a linear head on each tap along with the network. With settings.ridge the heads are solved for
-    instead, exactly and at every step: the loss tells from the first step on what the features are good for, not how
-    far the heads have come. Then batch norm is by the batch at hand throughout.
+    The paper trains a linear head on each stage together with the network. With settings.ridge, every step solves for
+    the best heads instead: the loss then shows what the features are good for, not how far the heads have come. Batch
+    norm then always uses the statistics of the batch.
     """
 
-    def __init__(self, task: AnyTask, images: Tensor | None, settings: Settings = Settings(), seed: int = 0,
+    def __init__(self, task: Any, images: Tensor | None, settings: Settings = Settings(), seed: int = 0,
                  device: str = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
-        if isinstance(task, RnnTask):
-            tensors = [maps[:, 0] for maps in task.draw(None, seed, settings.batch, settings.size)]  # (B, T, D)
-        else:
-            images = resized(images[:settings.batch], settings.side)
-            tensors = [images, *task.draw(images, seed, settings.batch, settings.size)]
-        layouts = [torch.channels_last if x.ndim == 4 else torch.preserve_format for x in tensors]
-        self.input, *self.targets = [x.to(self.device, memory_format=layout) for x, layout in zip(tensors, layouts)]
-        stage_weights = settings.stage_weights[-len(self.targets):]  # a recurrent network has one stage, the last
-        self.stages = [stage for stage, weight in enumerate(stage_weights) if weight]  # those that count
-        self.stage_weights = torch.tensor(stage_weights, device=self.device)[self.stages]
-        self.target_rows: dict[tuple[int, ...], Tensor] = {}  # made once for a stage and the sides of its tap
+        self.stages = [stage for stage, weight in enumerate(settings.stage_weights) if weight]  # those that count
+        with isolated(self.device), torch.device("cpu"):
+            tensors = self.draw_tensors(images)
+            layouts = [torch.channels_last if x.ndim == 4 else torch.preserve_format for x in tensors]
+            self.input, *self.targets = [x.to(self.device, memory_format=form) for x, form in zip(tensors, layouts)]
+            self.stage_weights = torch.tensor(settings.stage_weights)[self.stages].to(self.device)
 
     def __call__(self, space: Any, arch: Any) -> Trained:
-        purpose = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
         steps, ridge, history = self.settings.steps, self.settings.ridge, []
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            # 1. the network, its parameters drawn on the CPU, so that they are equal on all devices
-            self.seed_generators("weights", *purpose)
-            body = space.build(arch)
-            params = sum(parameter.numel() for parameter in body.parameters())
-            network = self.with_heads(body).to(self.device, memory_format=torch.channels_last)
+        identity = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
+
+        with isolated(self.device):
+            # 1. Build the network and its heads. The CPU draws their parameters, so that they are equal on all devices.
+            self.seed_generators("weights", *identity)
+            with torch.device("cpu"):
+                body = space.build(arch)
+                params = sum(parameter.numel() for parameter in body.parameters())
+                network = self.with_heads(body)
+            body, *heads = network.to(self.device, memory_format=torch.channels_last)
             optimizer = self.optimizer(network)
-            body, *heads = network
-            self.seed_generators("noise", *purpose)
+            self.seed_generators("noise", *identity)
 
-            for step in range(steps + 1):
-                if step in (0, steps):  # the last pass only evaluates
+            for step in range(steps + 1):  # the last pass only evaluates
+                if step in (0, steps):
                     network.train(step < steps)
+
                 with torch.set_grad_enabled(step < steps):
-                    # 2. what the stages make of the input with fresh noise
-                    noise = torch.empty_like(self.input)
+                    # 2. Pass the images with fresh noise through the network. A tap is the map that ends a stage.
+                    noise = torch.empty_like(self.input)  # (B, 3, H, W)
                     noise = noise.uniform_(-1, 1) if self.task.noise.kind == "uniform" else noise.normal_()
-                    taps = body(self.input + noise.mul_(self.task.noise.level))
-                    taps = [taps] if isinstance(self.task, RnnTask) else taps
-                    check(len(taps) == len(self.targets), "feature maps", len(taps), f"{len(self.targets)}")
+                    taps = self.taps(body, self.input + noise.mul_(self.task.noise.level))  # three of (B, C, h, w)
 
-                    # 3. the loss of each stage that counts: of its trained head, or of the best head for these features
-                    losses = torch.stack([
-                        F.mse_loss(heads[stage](taps[stage]), self.targets[stage]) if ridge is None
-                        else ridge_loss(*self.matched(stage, taps[stage]), ridge) for stage in self.stages])
-                    loss = self.stage_weights @ losses
-                history.append(losses.detach())  # stays on the device until the end: no step waits for it
+                    # 3. Compare each stage with its target, through its trained head or through the best head.
+                    losses = []
+                    for stage in self.stages:
+                        tap, target = self.match_sizes(stage, taps[stage])  # (B, C, h, w), (B, T, h, w)
+                        if ridge is None:
+                            losses.append(F.mse_loss(heads[stage](tap), target))
+                        else:
+                            losses.append(ridge_loss(rows(tap), rows(target), ridge))
+                    loss = self.stage_weights @ torch.stack(losses)
+                history.append(torch.stack([*losses, loss]).detach())  # stays on the device, so no step waits for it
 
-                # 4. a step of SGD or Adam; a dead network learns nothing
+                # 4. Take a step of SGD. A dead network has no gradients and learns nothing.
                 if loss.requires_grad:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
 
-            table = torch.stack(history)  # (steps + 1, stages that count)
-            curves = dict(zip(self.stages, table.T.tolist()))
-            return Trained((table @ self.stage_weights).tolist()[-1],
-                           [curves.get(stage, []) for stage in range(len(self.targets))], params)
+            *curves, total = torch.stack(history).T.tolist()  # each of steps + 1 losses
+        curve = dict(zip(self.stages, curves))
+        return Trained(total[-1], [curve.get(stage, []) for stage in range(len(self.targets))], params)
+
+    def draw_tensors(self, images: Tensor) -> list[Tensor]:
+        """Return the input and the targets."""
+        images = resized(images[:self.settings.batch], self.settings.side)
+        return [images, *self.task.draw(images, self.seed, self.settings.batch, self.settings.size)]
 
     def seed_generators(self, *purpose: Any) -> None:
-        """Seed the CPU's generator and that of this device, and no other, as `torch.manual_seed` would."""
+        """Seed the global generators of the CPU and of this device alone."""
         torch.default_generator.manual_seed(seed_of(*purpose))
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seed_of(*purpose))
 
     def with_heads(self, body: nn.Module) -> nn.ModuleList:
-        """Return the network as it is trained, then its heads if these are trained; the global generator draws them."""
-        if isinstance(self.task, RnnTask):  # (B, T, D) -> encoder, (B, T, width) -> body; the head is the decoder
-            sizes = [(self.task.dimension, body.width), (body.width, self.task.dimension)]
-            encoder, *heads = [nn.Linear(*size) for size in sizes[:2 if self.settings.ridge is None else 1]]
-            for layer in (encoder, *heads):
-                nn.init.uniform_(layer.weight, -0.1, 0.1)
-            for layer in heads:
-                nn.init.zeros_(layer.bias)
-            return nn.ModuleList([nn.Sequential(encoder, body), *heads])
+        """Return the network, followed by the head of each stage if the heads are trained."""
         if self.settings.ridge is not None:
-            torch.func.replace_all_batch_norm_modules_(body)  # by those without running statistics
+            torch.func.replace_all_batch_norm_modules_(body)  # by some without running statistics
             return nn.ModuleList([body])
-        with torch.no_grad():  # of two images, because some batch norms use the batch's own statistics in eval() too
-            widths = [tap.shape[1] for tap in body.eval()(self.input[:2].cpu())]
-        return nn.ModuleList([body, *(
-            nn.Sequential(nn.Upsample(target.shape[2:]), nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
-            for width, target in zip(widths, self.targets, strict=True))])
+        with torch.no_grad():  # of two images, since some batch norms use the batch's statistics in eval() mode too
+            widths = [tap.shape[1] for tap in self.taps(body.eval(), self.input[:2].cpu())]
+        heads = [nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
+                 for width, target in zip(widths, self.targets)]
+        return nn.ModuleList([body, *heads])
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        parameters, settings = list(network.parameters()), self.settings
-        if isinstance(self.task, RnnTask):
-            return torch.optim.Adam(parameters, settings.rnn_learning_rate, weight_decay=settings.rnn_weight_decay,
-                                    fused=True)
-        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-                  {"params": [p for p in parameters if p.ndim <= 1]}]
-        return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=True)
+        groups = [{"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": self.settings.weight_decay},
+                  {"params": [p for p in network.parameters() if p.ndim <= 1]}]
+        return torch.optim.SGD(groups, self.settings.learning_rate, self.settings.momentum, fused=True)
 
-    def matched(self, stage: int, tap: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features (N, C) of a tap, and the target (N, T), of mean 0, that they must become. A larger tap is
-        resized. A smaller one is compared with the target's means over its pixels, as no head can tell the rest; so
-        taps should have the same size for all architectures."""
-        target = self.targets[stage]
-        if tap.ndim == 4 and tap.shape[2] > target.shape[2]:
-            tap = F.interpolate(tap, size=target.shape[2:])
-        sides = stage, *tap.shape[2:]
-        if sides not in self.target_rows:
-            wanted = rows(F.adaptive_avg_pool2d(target, tap.shape[2:]) if tap.ndim == 4 else target)
-            self.target_rows[sides] = wanted - wanted.mean(0)
-        return rows(tap), self.target_rows[sides]
+    def taps(self, body: nn.Module, images: Tensor) -> list[Tensor]:
+        """Return the taps (B, C, h, w) of the three stages. ValueError if the network returns another number."""
+        taps = body(images)
+        if len(taps) != len(self.targets):
+            raise ValueError(f"feature maps: expected {len(self.targets)}, not {len(taps)}")
+        return taps
+
+    def match_sizes(self, stage: int, tap: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a tap and its target at the same height and width: the tap is resized to the target.
+
+        With solved heads, a tap smaller than the target is compared with the target averaged to the tap's size. This
+        changes the scale of the loss, so the taps of all architectures should have the same sizes.
+        """
+        target, size = self.targets[stage], self.settings.size
+        if self.settings.ridge is None or tap.shape[2] > size:
+            tap = F.interpolate(tap, size=size)
+        elif tap.shape[2] < size:
+            target = F.adaptive_avg_pool2d(target, tap.shape[2:])
+        return tap, target
 
 
-# ------------------------------------------------------------------------------------------------------------ score
+# ------------------------------------------------------------------------------------------------------ score
 def terms(trained: Trained) -> dict[str, float]:
-    """Return what a score may be made of: logs of the loss, of the size, of each stage's loss before and after."""
+    """Return the terms of a score: logs of the loss, of the parameter count, and of each stage's first and last loss."""
     values = {"log loss": math.log(trained.loss + 1e-9), "log params": math.log(max(trained.params, 1))}
-    for stage, curve in enumerate(trained.losses, start=1):
-        if curve:
-            values[f"log loss {stage} before"] = math.log(curve[0] + 1e-9)
-            values[f"log loss {stage} after"] = math.log(curve[-1] + 1e-9)
+    for stage, losses in enumerate(trained.losses, start=1):
+        if losses:
+            values[f"log loss {stage} before"] = math.log(losses[0] + 1e-9)
+            values[f"log loss {stage} after"] = math.log(losses[-1] + 1e-9)
     return values
 
 
-TERMS = tuple(terms(Trained(1.0, [[1.0]] * 3, 1)))
-
-
 def score(weights: dict[str, float], trained: Trained) -> float:
-    """Return the weighted sum of terms, lower is better: infinity for a network that diverged. {"log loss": 1} are the
-    paper's weights. A term that the training lacks counts 0."""
+    """Return the weighted sum of the terms; lower is better. The paper's weights are {"log loss": 1}.
+
+    A term that the training does not have counts 0. The score of a network that diverged is infinity.
+    """
     if not math.isfinite(trained.loss):
         return math.inf
     values = terms(trained)
     return sum(weight * values.get(term, 0) for term, weight in weights.items())
 
 
-def fit_weights(networks: list[Trained], values: list[float], penalty: float = 20) -> tuple[dict[str, float], float]:
-    """Return weights that rank labelled networks as their values, higher is better, do; and rho, by leave-one-out.
+# ------------------------------------------------------------------------------ regularized evolution (aging)
+Scored = list[tuple[Any, float]]  # pairs (candidate, score)
 
-    Not in the paper. A ridge regression of the standardised ranks on the terms, in closed form. The log of the loss is
-    free, the penalty draws the other terms to 0, so that few labels leave mostly the loss. Terms are measured in median
-    absolute deviations and cut at four, or the few networks that hardly train would decide the weights of all others.
+
+def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[list], list[float]], rng: random.Random,
+                          population: int = 50, tournament: int = 10, cycles: int = 400, batch: int = 1) -> Scored:
+    """Run an aging evolution (Real et al., AAAI 2019). Return all candidates with their scores, in order.
+
+    `draw(rng)` returns a candidate, `mutate(candidate, rng)` a neighbour, `evaluate(candidates)` their scores; lower is
+    better. `population` drawn candidates form a queue. Then, `cycles` times, `tournament` of its members are drawn, the
+    best of them is mutated, and the child replaces the oldest member. `batch` children are made from one queue.
     """
-    converged = [i for i, trained in enumerate(networks) if math.isfinite(trained.loss)]
-    if len(converged) < 3:
-        return {"log loss": 1.0}, math.nan
-    table = [terms(networks[i]) for i in converged]
-    x = np.array([list(row.values()) for row in table])  # (n, terms)
-    x = x - np.median(x, 0)
-    typical = np.median(abs(x), 0)
-    varied, names = typical > 1e-5, list(table[0])
-    x = np.clip(x[:, varied] / typical[varied], -4, 4)
-    x, y = x - x.mean(0), ranks(-np.array(values)[converged])
-    y = (y - y.mean()) / y.std()
+    queue: deque[tuple[Any, float]] = deque(maxlen=population)  # when full, it drops its oldest member
+    history: Scored = []
+    candidates = [draw(rng) for _ in range(population)]
+    while candidates:
+        evaluated = list(zip(candidates, evaluate(candidates)))
+        queue.extend(evaluated)
+        history.extend(evaluated)
 
-    penalties = np.array([1e-6 if name == "log loss" else penalty for name in names])  # not 0: it must be regular
-    solution = np.linalg.solve(x.T @ x + np.diag(penalties[varied]), x.T)  # (terms, n)
-    fitted, leverage = solution @ y, (x * solution.T).sum(1)  # the latter is the diagonal of the hat matrix
-    left_out = np.full(len(networks), math.inf)  # scores by leave-one-out; a diverged network stays the last
-    left_out[converged] = y - (y - x @ fitted) / (1 - leverage)
-    weights = zip(np.array(names)[varied].tolist(), fitted / typical[varied])
-    return {name: float(f"{weight:.4g}") for name, weight in weights}, spearman(-left_out, values)
+        children = min(batch, population + cycles - len(history))
+        parents = [min(rng.sample(queue, tournament), key=lambda pair: pair[1])[0] for _ in range(children)]
+        candidates = [mutate(parent, rng) for parent in parents]
+    return history
 
 
-# ------------------------------------------------------------------------------------------------- rank correlation
+def search_architecture(draw: Callable, mutate: Callable, key: Callable[[Any], str], evaluate: Callable,
+                        evaluate_anew: Callable, rng: random.Random, finalists: int = 10, **evolution: int
+                        ) -> tuple[Scored, Scored]:
+    """Search for the architecture with the best score. Return the history of an evolution, and its `finale`.
+
+    `evolution` are options of `regularized_evolution`. `evaluate_anew` scores like `evaluate`, but with other seeds.
+    """
+    history = regularized_evolution(draw, mutate, evaluate, rng, **evolution)
+    return history, finale(history, key, evaluate_anew, finalists)
+
+
+def finale(history: Scored, key: Callable[[Any], str], evaluate_anew: Callable, finalists: int = 10) -> Scored:
+    """Score the best networks of a history anew, each once. Return them with their new scores, best first.
+
+    Not in the paper. The best of hundreds of networks also had luck with its initial parameters and its images. New
+    seeds take that luck away, so the new scores alone rank the finalists.
+    """
+    ranking = sorted(distinct(history, key), key=lambda pair: pair[1])
+    archs = [arch for arch, _ in ranking[:finalists]]
+    return sorted(zip(archs, evaluate_anew(archs)), key=lambda pair: pair[1])
+
+
+def distinct(pairs: Iterable[tuple[Any, Any]], key: Callable[[Any], str]) -> list[tuple[Any, Any]]:
+    """Return the first pair (architecture, value) of each network. Architectures with equal keys are one network."""
+    first: dict[str, tuple[Any, Any]] = {}
+    for pair in pairs:
+        first.setdefault(key(pair[0]), pair)
+    return list(first.values())
+
+
+CHANNELS = range(16, 97, 16)  # of the stages of a random task
+
+
+def random_noise(rng: random.Random) -> Noise:
+    return Noise(rng.choice(("gaussian", "uniform")), rng.randint(0, 9) / 10)
+
+
+def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tuple[Signal, ...]:
+    """Draw signals: each basis is present with chance 1/2, its fields are random, except those that are `fixed`."""
+    signals = []
+    for basis in [basis for basis in bases if rng.random() < 0.5]:
+        low, high = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
+        frequencies = tuple(min(max(round(rng.uniform(low, high), 4), 1e-4), 0.4999) for _ in range(10))
+        drawn = {"frequencies": frequencies, "density": round(rng.random(), 4), "per_sample": rng.random() < 0.5}
+        own = {name: drawn[name] for name in BASES[basis][1]}
+        signals.append(Signal(basis, rng.randint(5, 29) / 10, **own | fixed))
+    return tuple(signals)
+
+
+def random_task(rng: random.Random) -> Task:
+    """Draw a task from the paper's space of tasks (paper, 3.4)."""
+    return Task(random_noise(rng), tuple(Stage(rng.choice(CHANNELS), random_signals(rng, BASES)) for _ in range(3)))
+
+
+def mutate_task(task: Task, rng: random.Random) -> Task:
+    """Return another task. The noise, and the channels and each basis of each stage, are redrawn with chance 0.2."""
+    other = random_task(rng)
+    noise = pick(task.noise, other.noise, rng)
+    stages = tuple(Stage(pick(old.channels, new.channels, rng), pick_signals(old.signals, new.signals, rng))
+                   for old, new in zip(task.stages, other.stages))
+    return Task(noise, stages) if (noise, stages) != (task.noise, task.stages) else mutate_task(task, rng)
+
+
+def pick(old: Any, new: Any, rng: random.Random) -> Any:
+    return new if rng.random() < 0.2 else old
+
+
+def pick_signals(old: tuple[Signal, ...], new: tuple[Signal, ...], rng: random.Random) -> tuple[Signal, ...]:
+    """Pick the old or the new signal of each basis. Either may be absent."""
+    olds, news = ({signal.basis: signal for signal in signals} for signals in (old, new))
+    picked = [pick(olds.get(basis), news.get(basis), rng) for basis in BASES]
+    return tuple(signal for signal in picked if signal)
+
+
+def search_task(start: list[Task], fitness: Callable[[Task], float], rng: random.Random,
+                draw: Callable = random_task, mutate: Callable = mutate_task, **evolution: int) -> Scored:
+    """Search for the task of the highest fitness (paper, 3.4). Return all tasks with -fitness, in order.
+
+    The first tasks are those of `start`, the other members of the first population are drawn. The paper's fitness is
+    |rho| of the losses with the accuracies of some 20 architectures. Rho itself is better here, as a search minimises.
+    """
+    first = deque(start)
+    return regularized_evolution(lambda rng: first.popleft() if first else draw(rng), mutate,
+                                 lambda tasks: [-fitness(task) for task in tasks], rng, **evolution)
+
+
+# ============================================================================================================
+# The core ends here. What follows serves it.
+# ============================================================================================================
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import zipfile
+from collections import Counter
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import distributed
+
+
+# ------------------------------------------------------------------------------------------- rank correlation
 def ranks(values: Any) -> np.ndarray:
     """Return ranks from 1 up; equal values share the mean of theirs. If one is NaN, all ranks are."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -570,656 +567,161 @@ def spearman(a: Any, b: Any) -> float:
 def kendall(a: Any, b: Any) -> float:
     """Return Kendall's tau-b; NaN where one side is all ties or has a NaN."""
     a, b = ranks(a), ranks(b)
-    orders = ((np.sign(a - u), np.sign(b - v)) for u, v in zip(a, b))  # of one pair with all
-    in_order, untied_a, untied_b = sum(np.array([x @ y, x @ x, y @ y]) for x, y in orders)
-    return float(in_order / math.sqrt(untied_a * untied_b)) if untied_a * untied_b else math.nan
+    counts = np.zeros(3)  # of ordered pairs: concordant less discordant, not tied in a, not tied in b
+    for u, v in zip(a, b):
+        x, y = np.sign(a - u), np.sign(b - v)
+        counts += x @ y, x @ x, y @ y
+    return float(counts[0] / math.sqrt(counts[1] * counts[2])) if counts[1] * counts[2] else math.nan
 
 
 def spearman_interval(a: Any, b: Any, resamples: int = 2000) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of rho; NaN for less than 10 pairs, which tell nothing of others."""
+    """Return the 95% percentile bootstrap interval of rho; NaN for fewer than 10 pairs, too few to resample."""
     a, b = np.asarray(a), np.asarray(b)
     if len(a) < 10:
         return math.nan, math.nan
     drawn = np.random.default_rng(0).integers(len(a), size=(resamples, len(a)))
-    return tuple(np.nanquantile([spearman(a[places], b[places]) for places in drawn], (0.025, 0.975)).tolist())
-
-
-# ------------------------------------------------------------------------------------- regularized evolution (aging)
-def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[list], list[float]], rng: random.Random,
-                          population: int = 50, tournament: int = 10, cycles: int = 400, batch: int = 1,
-                          ) -> list[tuple[Any, float]]:
-    """Return all (candidate, score) of an aging evolution (Real et al., AAAI 2019), in the order of their evaluation.
-
-    `draw(rng)` gives a candidate, `mutate(candidate, rng)` a neighbour, `evaluate` a list's scores, lower is better.
-    The queue starts with `population` drawn candidates; then, `cycles` times, the best of `tournament` of its members
-    is mutated, and the child takes the place of the oldest. `batch` children are made before they enter the queue.
-    """
-    queue: deque[tuple[Any, float]] = deque(maxlen=population)  # appending to a full one drops its oldest
-    history: list[tuple[Any, float]] = []
-    candidates = [draw(rng) for _ in range(population)]
-    while candidates:
-        evaluated = list(zip(candidates, evaluate(candidates)))
-        queue.extend(evaluated)
-        history.extend(evaluated)
-
-        children = min(batch, population + cycles - len(history))
-        parents = [min(rng.sample(queue, tournament), key=lambda pair: pair[1])[0] for _ in range(children)]
-        candidates = [mutate(parent, rng) for parent in parents]
-    return history
-
-
-def finale(history: list[tuple[Any, float]], key: Callable, evaluate: Callable, finalists: int = 10) -> list[tuple]:
-    """Score the best different networks of an evolution anew, and return all (architecture, new score), best first.
-
-    Not in the paper. What is on top after hundreds of draws stands there partly by luck of its parameters and images.
-    So `evaluate` should use seeds that the evolution did not; the old scores no longer count.
-    """
-    networks = {key(arch): (arch, value) for arch, value in reversed(history)}
-    archs = [arch for arch, _ in sorted(networks.values(), key=lambda pair: pair[1])[:finalists]]
-    return sorted(zip(archs, evaluate(archs)), key=lambda pair: pair[1])
-
-
-def draw_within(limits: dict[str, int], space: Any, draw: Callable, *given: Any) -> Any:
-    """Return draw(*given), repeated until the benchmark's own network is within limits, {"params": most, ...}."""
-    for arch in (draw(*given) for _ in range(500)):
-        if all(getattr(space, name)(arch) <= most for name, most in limits.items()):
-            return arch
-    words = " and ".join(f"--max-{name} {most:,}" for name, most in limits.items())
-    raise ValueError(f"none of 500 draws is within {words}; expected a wider limit")
-
-
-CHANNELS = range(16, 97, 16)  # of a stage, numbers of a sequence
-
-
-def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tuple[Signal, ...]:
-    """Draw each basis with chance 1/2, of any level and form, rounded as JSON has it; `fixed` fields are not drawn."""
-    signals = []
-    for basis in [basis for basis in bases if rng.random() < 0.5]:
-        low, high = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
-        frequencies = tuple(min(max(round(rng.uniform(low, high), 4), 1e-4), 0.4999) for _ in range(10))
-        drawn = {"frequencies": frequencies, "density": round(rng.random(), 4), "per_sample": rng.random() < 0.5}
-        own = {name: drawn[name] for name in BASES[basis][1]}
-        signals.append(Signal(basis, rng.randint(5, 29) / 10, **own | fixed))
-    return tuple(signals)
-
-
-def random_task(rng: random.Random, kind: type[AnyTask]) -> AnyTask:
-    """Draw from the space of tasks (paper, 3.4) of a kind, Task or RnnTask."""
-    noise = Noise(rng.choice(("gaussian", "uniform")), rng.randint(0, 9) / 10)
-    if kind is Task:
-        return Task(noise, tuple(Stage(rng.choice(CHANNELS), random_signals(rng, BASES)) for _ in range(3)))
-    bases = [basis for basis in BASES if basis != "resize"]
-    return RnnTask(noise, rng.choice(CHANNELS), *[random_signals(rng, bases, per_sample=True) for _ in range(2)])
-
-
-def mutate_task(task: AnyTask, rng: random.Random) -> AnyTask:
-    """Draw another task: with chance 0.2 each, the noise, a stage's channels and a basis' signal are drawn again."""
-    other = random_task(rng, type(task))
-    noise = pick(task.noise, other.noise, rng)
-    if isinstance(task, Task):
-        child = Task(noise, tuple(Stage(pick(a.channels, b.channels, rng), pick_signals(a.signals, b.signals, rng))
-                                  for a, b in zip(task.stages, other.stages)))
-    else:
-        child = RnnTask(noise, pick(task.dimension, other.dimension, rng), pick_signals(task.input, other.input, rng),
-                        pick_signals(task.target, other.target, rng))
-    return child if child != replace(task, weights=None) else mutate_task(task, rng)
-
-
-def pick(old: Any, new: Any, rng: random.Random) -> Any:
-    return new if rng.random() < 0.2 else old
-
-
-def pick_signals(old: tuple[Signal, ...], new: tuple[Signal, ...], rng: random.Random) -> tuple[Signal, ...]:
-    olds, news = ({signal.basis: signal for signal in signals} for signals in (old, new))
-    picked = [pick(olds.get(basis), news.get(basis), rng) for basis in BASES]
-    return tuple(signal for signal in picked if signal)
-
-
-def search_task(start: list[AnyTask], draw: Callable[[random.Random], AnyTask], fitness: Callable[[AnyTask], float],
-                rng: random.Random, **evolution: int) -> list[tuple[AnyTask, float]]:
-    """Search a task (paper, 3.4) and return all (task, -fitness); the first are those of `start`, then `draw(rng)`. The
-    paper's fitness is |rho| of the loss with some 20 labels; but a search minimises the score, so keep rho's sign."""
-    first = deque(start)
-    return regularized_evolution(lambda rng: first.popleft() if first else draw(rng), mutate_task,
-                                 lambda tasks: [-fitness(task) for task in tasks], rng, **evolution)
-
-
-# ===================================================================================================================
-# What stands above is the method. What follows runs it.
-# ===================================================================================================================
-# ----------------------------------------------------------------------------------------------------------- scorer
-Name = tuple[str, int, str]  # of a training: the task's digest, the seed, the network's key
-Item = tuple[Name, AnyTask, Any]  # a training to be done: its name, the task, the architecture
-
-
-class Scorer:
-    """Scores of architectures of a space: `scorer(archs)` returns a list of numbers, lower is better.
-
-    Each network is trained once for a task and a seed; equal keys are one network. Nothing else in the process changes.
-
-    space: a name of `search_spaces`; FILE.py:CLASS; or an object, as it is, with random, mutate, build, key, format.
-    preset, steps: a name of PRESETS, and a number of training steps in the place of its own.
-    task: a name of TASKS, a FILE.json or a task; by default that of the preset or of the space.
-    images: "synthetic", or the path of a file for `read_images`.
-    seed, seeds: the score is the mean over seed, ..., seed + seeds - 1, of images, targets, parameters and noise.
-    device: by default a GPU if there is one.
-    """
-
-    def __init__(self, space: Any, preset: str = "fast", task: AnyTask | str | None = None, images: str = "synthetic",
-                 seed: int = 0, device: str | None = None, steps: int | None = None, seeds: int = 1):
-        self.name = space if isinstance(space, str) else getattr(space, "name", type(space).__name__)
-        family = self.name.removesuffix("-in").removesuffix("-fix")
-        self.preset = PRESETS[preset].get(family, PRESETS[preset][""])
-        self.settings = self.preset.settings if steps is None else replace(self.preset.settings, steps=steps)
-        if isinstance(space, str):
-            import search_spaces  # not at the top: a copy of this file alone scores objects
-            space = search_spaces.get(space, **self.preset.sizes)
-        self.space, self.seeds, self.device = space, range(seed, seed + seeds), device or find_devices(None)[0]
-
-        self.own_task = self.preset.task or getattr(space, "task", "nb101")
-        self.task = read_task(task or self.own_task)
-        check(type(self.task) is type(read_task(self.own_task)), "task", task, f"one like {self.own_task}")
-        self.images = None if images == "synthetic" else read_images(images, self.settings.batch)
-        self.images_name = images if self.images is None else f"sha256 {digest_of(self.images.numpy().tobytes())}"
-        self.record, self.progress = Record(), Progress()
-        self.workers: Callable[[list[Item]], Iterable[tuple[Name, Trained]]] = self.map  # or what else trains
-
-    def __call__(self, archs: list[Any], task: AnyTask | None = None, seeds: range | None = None) -> list[float]:
-        """Return the scores, by another task or by the mean over other seeds if given."""
-        task, seeds, known = task or self.task, seeds or self.seeds, self.record.known
-        keys, digest = [self.space.key(arch) for arch in archs], task.digest()
-        arch_of = dict(zip(keys, archs))
-        asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # trainings, and how often each
-
-        self.progress.advance(sum(asked[name] for name in asked if name in known))
-        items = [(name, task, arch_of[name[2]]) for name in asked if name not in known]  # those to be done
-        for name, trained in (self.workers if len(items) > 1 else self.map)(items):
-            self.record.add(name, self.space.format(arch_of[name[2]]), trained)
-            self.progress.advance(asked[name], new=1)
-
-        weights = self.weights(task)
-        return [sum(score(weights, known[digest, seed, key]) for seed in seeds) / len(seeds) for key in keys]
-
-    def map(self, items: list[Item]) -> Iterator[tuple[Name, Trained]]:
-        """Train each in this process; workers do the same in others."""
-        for name, task, arch in items:
-            regression = self.regression(task, name[1])
-            start = time.perf_counter()
-            trained = regression(self.space, arch)
-            yield name, trained._replace(seconds=round(time.perf_counter() - start, 3))
-
-    @lru_cache(maxsize=32)
-    def regression(self, task: AnyTask, seed: int) -> Regression:
-        images = synthetic_images(seed, self.settings.batch) if self.images is None else self.images
-        return Regression(task, images, self.settings, seed, self.device)
-
-    def trained(self, arch: Any, task: AnyTask | None = None) -> list[Trained]:
-        """Return what the trainings gave, one for each of its own seeds, of an architecture that was scored."""
-        return [self.record.known[(task or self.task).digest(), seed, self.space.key(arch)] for seed in self.seeds]
-
-    def weights(self, task: AnyTask) -> dict[str, float]:
-        """Return a score's weights: the task's own; for the preset's task and steps the preset's; else of two terms."""
-        weights = self.preset.weights
-        if task != read_task(self.own_task) or self.settings != self.preset.settings:
-            weights = {term: weights[term] for term in ("log loss", "log params") if term in weights}
-        return task.weights or weights
-
-    def made_with(self) -> dict[str, Any]:
-        """Return all that a training depends on beside its name, as a record has it."""
-        path = self.name.rpartition(":")[0]  # of a FILE.py:CLASS
-        return json.loads(json.dumps({
-            "losses": LOSSES, "space": self.name, "file": path and digest_of(Path(path).read_bytes()),
-            "images": self.images_name, "device": torch.device(self.device).type, "sizes": self.preset.sizes,
-            **asdict(self.settings)}))
-
-
-# ----------------------------------------------------------------------------------------------- record and progress
-LOSSES = 6  # raised when the same settings give other losses or other lines than before: no record mixes them
-
-
-class Record:
-    """The trainings that are known, by name, and their file: a line of settings, then one each, flushed as it is made.
-
-    An existing file is read, so that a run goes on where it stopped; a torn last line is dropped with a warning.
-    ValueError if it holds something else or was made with other settings: then it stays as it is.
-    """
-
-    def __init__(self, path: str | None = None, settings: dict[str, Any] | None = None):
-        self.known: dict[Name, Trained] = {}
-        self.file = open(path, "a+b") if path else None
-        content = Path(path).read_bytes() if path else b""
-        if not content:
-            return self.write({"settings": settings})
-        *lines, torn = content.split(b"\n")
-        right = content[:14] == b'{"settings": {' and len(lines) > 0
-        check(right, f"{path}: first line", content[:30], "a line of settings, or another --out file")
-        made_with = json.loads(lines[0])["settings"]
-        for name in settings | made_with:
-            check(settings.get(name) == made_with.get(name), f"{path}: {name} of this run", settings.get(name),
-                  f"{made_with.get(name)!r:.80} as there, or another --out file")
-        for task, seed, key, _, loss, *rest in (json.loads(line).values() for line in lines[1:]):
-            self.known[task, seed, key] = Trained(math.inf if loss is None else loss, *rest)
-        if torn:
-            print(f"gennas: {path}: the torn last line is dropped", file=sys.stderr)
-            self.file.truncate(len(content) - len(torn))
-
-    def add(self, name: Name, arch: str, trained: Trained) -> None:
-        self.known[name] = trained
-        losses = [[finite(loss) for loss in curve] for curve in trained.losses]
-        line = trained._replace(loss=finite(trained.loss), losses=losses)._asdict()
-        self.write({**dict(zip(("task", "seed", "key"), name)), "arch": arch, **line})
-
-    def write(self, line: dict[str, Any]) -> None:
-        if self.file:
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
-    return value if math.isfinite(value) else None
-
-
-class Progress:
-    """The progress of a run of `total` trainings: a line on stderr every ten seconds; none if the total is 0."""
-
-    def __init__(self, total: int = 0):
-        self.total, self.done, self.new = total, 0, 0
-        self.start = self.shown = time.monotonic()
-
-    def advance(self, count: int, new: int = 0) -> None:
-        self.done, self.new, now = self.done + count, self.new + new, time.monotonic()
-        if self.total and now - self.shown >= 10:
-            self.shown, rate = now, max(self.new, 1) / (now - self.start)
-            left = (self.total - self.done) / rate
-            print(f"{self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left", file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------------------------------------- workers
-def find_devices(name: str | None) -> list[str]:
-    """Return the devices that `--device` means, one for each worker; ValueError for one that is not here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus, cpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())], ["cpu"] * cores
-    devices = {None: gpus or cpus, "cpu": cpus, "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
-    check(bool(devices.get(name)), "--device", name, " or ".join(["cpu", *gpus]))
-    return devices[name]
-
-
-def set_up_process() -> None:
-    """Make this process fast, and equal runs equal; for the command line and its workers alone."""
-    torch.set_num_threads(1)  # small maps gain nothing from more, and sums would depend on their number
-    torch.backends.cudnn.allow_tf32 = True  # of convolutions; the equations of solved heads need all their digits
-    torch.backends.cudnn.deterministic = True
-
-
-def start_worker(options: dict[str, Any], devices: Any) -> None:
-    """Begin a process that trains, with a Scorer and a device of its own, until its parent is gone."""
-    global worker
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    set_up_process()
-    worker = Scorer(**options, device=devices.get())
-
-
-def work(item: Item) -> tuple[Name, Trained]:
-    return next(worker.map([item]))
-
-
-def pool_map(pool: ProcessPoolExecutor, items: list[Item]) -> Iterator[tuple[Name, Trained]]:
-    """Train on this machine, in the processes of a pool; they start when they are first needed."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit: Ctrl-C is for this process alone
-    futures = [pool.submit(work, item) for item in items]
-    signal.signal(signal.SIGINT, handler)
-    return (future.result() for future in as_completed(futures))
-
-
-def torchrun_map(scorer: Scorer, items: list[Item]) -> Iterator[tuple[Name, Trained]]:
-    """Train in all ranks of torchrun, on one machine or several; this is rank 0."""
-    chunk = 8 * distributed.get_world_size()
-    for start in range(0, len(items), chunk):
-        yield from train_share(scorer, broadcast(items[start:start + chunk]))
-
-
-def train_share(scorer: Scorer, items: list[Item]) -> Iterator[tuple[Name, Trained]]:
-    """Train this rank's share of a chunk; give, in rank 0, what all trained, and raise what one of them raised."""
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    shares = [None] * world if rank == 0 else None
-    try:
-        share: Any = list(scorer.map(items[rank::world]))
-    except Exception as error:
-        share = error
-    distributed.gather_object(share, shares)
-    for share in sorted(shares or [], key=lambda share: isinstance(share, Exception)):  # what was trained comes first
-        if isinstance(share, Exception):
-            raise share
-        yield from share
-
-
-def serve(scorer: Scorer) -> None:
-    """Train shares in another rank than 0. ValueError if this one would train otherwise than rank 0."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a broadcast waits where Python handles no signal
-    mine, settings = scorer.made_with(), broadcast() or {}
-    for name in settings:
-        check(mine[name] == settings[name], f"{name} of a rank", mine[name], f"{settings[name]!r:.80} as in rank 0")
-    while settings and (items := broadcast()):
-        list(train_share(scorer, items))
-
-
-def broadcast(value: Any = None) -> Any:
-    """Send from rank 0, receive in the others: the settings, then chunks, and None, which ends them."""
-    values = [value]
-    distributed.broadcast_object_list(values)
-    return values[0]
-
-
-# --------------------------------------------------------------------------------------------------------- pictures
-def plot_signals(scorer: Scorer, path: str, count: int = 8) -> None:
-    """Draw each signal of each part of a task, and their sum: maps of the first image, or one each of sequences."""
-    from matplotlib.figure import Figure
-    task, settings, seed, lines = scorer.task, scorer.settings, scorer.seeds[0], []
-    images = scorer.regression(task, seed).input.cpu()
-    totals = task.draw(images, seed, settings.batch, settings.size)
-    for (name, (signals, shape)), total in zip(task.parts(settings.batch, settings.size).items(), totals):
-        lines += [(f"{name}\n{signal.level} {signal.basis}", signal.maps(shape, images, name, seed).expand(shape))
-                  for signal in signals]
-        lines.append((f"{name}\nsum", total))
-
-    figure = Figure(layout="constrained", figsize=(2 + 0.8 * count, len(lines)))
-    for (label, maps), axes in zip(lines, figure.subplots(len(lines), count)):
-        most = maps.abs().max()
-        for ax, values in zip(axes, maps.flatten(0, 1).numpy()):
-            ax.imshow(values, cmap="RdBu_r", aspect="auto", vmin=-most, vmax=most)
-            ax.set(xticks=[], yticks=[])
-        axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    figure.savefig(path, dpi=100)
-
-
-def plot_lines(path: str, labels: tuple[str, str], *lines: tuple[str, Any, Any, str], title: str = "") -> None:
-    """Draw lines or dots, each (name, x, y, style)."""
-    from matplotlib.figure import Figure  # the only use of a third package: when a plot is asked for
-    figure = Figure(layout="constrained", figsize=(5.5, 4))
-    ax = figure.subplots()
-    for name, x, y, style in lines:
-        ax.plot(x, y, style, markersize=4, label=name)
-    ax.set(xlabel=labels[0], ylabel=labels[1])
-    ax.set_title(title, fontsize=8)
-    if len(lines) > 1:
-        figure.legend(fontsize=7, loc="outside lower center")
-    figure.savefig(path, dpi=100)
-
-
-def plot_history(path: str, history: list[tuple[Any, float]], label: str, title: str = "") -> None:
-    """Draw the scores of an evolution and the best so far."""
-    scores, numbers = [value for _, value in history], range(1, len(history) + 1)
-    plot_lines(path, ("candidates evaluated", label), ("candidate", numbers, scores, "."),
-               ("best so far", numbers, np.minimum.accumulate(scores), "-"), title=title)
-
-
-# ------------------------------------------------------------------------------------------------------------- modes
-# Each mode reads its input, begins, prints its result, and returns what --json adds to it.
-def begin(scorer: Scorer, args: argparse.Namespace, trainings: int) -> None:
-    """Open the record and tell what is run, now that all input is known to be right."""
-    task = None if args.mode == "search-task" else json.loads(replace(scorer.task, weights=None).to_json())
-    scorer.record = Record(args.out, scorer.made_with() | {"task": task})
-    if not args.quiet:
-        scorer.progress = Progress(trainings)
-        print(f"gennas: {args.mode} {scorer.name}, {f'task {args.task or scorer.own_task}, ' if task else ''}"
-              f"{scorer.settings.steps} steps, images {scorer.images_name}, on {scorer.device}", file=sys.stderr)
-
-
-def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
-    """Search an architecture."""
-    space, limits = scorer.space, {"params": args.max_params, "flops": args.max_flops}
-    limits = {name: most for name, most in limits.items() if most}
-    check("flops" not in limits or bool(getattr(space, "flops", None)), "--max-flops", args.max_flops,
-          f"--max-params, as {scorer.name} counts no operations")
-    draw, mutate = (partial(draw_within, limits, space, method) for method in (space.random, space.mutate))
-    draw(random.Random(args.seed))  # limits that nothing meets are told before anything is trained
-
-    # without a finale the best is scored by the search's own seeds, which costs nothing
-    seeds = range(scorer.seeds.stop, scorer.seeds.stop + 2) if args.finalists else scorer.seeds
-    begin(scorer, args, (args.population + args.cycles) * args.seeds + (args.finalists or 1) * len(seeds))
-    history = regularized_evolution(draw, mutate, scorer, random.Random(args.seed), **args.evolution)
-    best = finale(history, space.key, partial(scorer, seeds=seeds), args.finalists or 1)
-    unique = len({space.key(arch) for arch, _ in history})
-    check(best[0][1] < math.inf, f"scores of {unique} networks", best[0][1], "a finite one: all diverged")
-
-    results = [{"arch": space.format(arch), "loss": finite(value), "params": int(space.params(arch))}
-               for arch, value in best]
-    print(f"{results[0]['arch']}\nscore {best[0][1]:.4f}{' in the finale' * bool(args.finalists)}, "
-          f"{results[0]['params']:,} parameters; {len(history)} evaluated architectures, {unique} different networks")
-    if args.finalists:
-        print(f"\nFinale, by seeds {seeds[0]} and {seeds[1]}:\nrank     score   parameters  architecture")
-    for rank, (result, (_, value)) in enumerate(zip(results[:args.finalists], best), start=1):
-        print("{:>4} {:>9.4f} {params:>12,}  {arch}".format(rank, value, **result))
-    if args.plot:
-        plot_history(args.plot, history, "score")
-    return results[0] | {"evaluated": len(history), "unique": unique, "finalists": results[:args.finalists]}
-
-
-def run_score(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
-    """Score given architectures."""
-    texts, space = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch, scorer.space
-    archs = [space.parse(text) for text in texts if text.strip()]
-    check(bool(archs), "--mode score", args.arch, "ARCH [ARCH ...], or - and one a line on stdin")
-
-    begin(scorer, args, len(archs) * args.seeds)
-    print(f"{'score':>9} {'parameters':>12} {'seconds':>8}  architecture")
-    results, chunk = [], 8 * args.workers
-    for some in (archs[start:start + chunk] for start in range(0, len(archs), chunk)):
-        for arch, value in zip(some, scorer(some)):
-            seconds = round(sum(trained.seconds for trained in scorer.trained(arch)), 3)
-            results.append({"arch": space.format(arch), "loss": finite(value), "params": int(space.params(arch)),
-                            "seconds": seconds})
-            print("{:>9.4f} {params:>12,} {seconds:>8.2f}  {arch}".format(value, **results[-1]), flush=True)
-    if args.plot:
-        curves = {space.key(arch): (space.format(arch)[:70], scorer.trained(arch)[0].losses[-1]) for arch in archs}
-        plot_lines(args.plot, ("training steps", "loss of the last stage"), *(
-            (text, range(len(losses)), np.array(losses, float), "-") for text, losses in curves.values()))
-    return {"results": results}
-
-
-def load_labels(scorer: Scorer, args: argparse.Namespace) -> tuple[list, list]:
-    """Return the first --limit labels, (architecture, value), and those of the others that are of no equal network."""
-    import search_spaces
-    space = scorer.space
-    labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
-    check(bool(labels), "--labels", args.labels, f"a FILE, as {scorer.name} has no labels of its own")
-    first, rest = labels[:args.limit], labels[args.limit or len(labels):]
-    check(len({value for _, value in first}) > 1, f"values of {len(first)} labels", first[0][1], "different ones")
-    seen = {space.key(arch) for arch, _ in first}
-    return first, [(arch, value) for arch, value in rest if space.key(arch) not in seen]
-
-
-def run_correlate(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
-    """Compare the ranking by score with that by recorded values."""
-    archs, values = zip(*load_labels(scorer, args)[0])
-    begin(scorer, args, len(archs) * args.seeds)
-    scores, values = np.array(scorer(list(archs))), np.array(values)
-    rho, tau, interval = (statistic(-scores, values) for statistic in (spearman, kendall, spearman_interval))
-    check(not math.isnan(rho), f"scores of {len(archs)} networks", scores[0], "different ones")
-    by_params = spearman([scorer.space.params(arch) for arch in archs], values)
-    best = values >= np.quantile(values, 0.9)  # a search lives among these
-    in_best = spearman(-scores[best], values[best]) if best.sum() >= 10 else math.nan
-    seconds = sum(trained.seconds for arch in archs for trained in scorer.trained(arch)) / len(archs)
-
-    summary = "spearman {:.3f} [{:.3f}, {:.3f}], kendall {:.3f}, {} networks".format(rho, *interval, tau, len(archs))
-    print(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}\namong the best tenth by recorded value: "
-          f"spearman {in_best:.3f}\ndiverged: {np.isinf(scores).sum()}; {seconds:.2f} s a network")
-    if args.plot:
-        plot_lines(args.plot, ("score", "recorded value"), ("", scores, values, "."), title=summary)
-    return {"n": len(archs), "spearman": rho, "spearman_ci": list(map(finite, interval)), "kendall": tau,
-            "spearman_params": finite(by_params), "spearman_best_tenth": finite(in_best), "seconds_per_arch": seconds}
-
-
-def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
-    """Search a task whose score ranks labelled architectures, and fit the weights of its score to them."""
-    labels, others = load_labels(scorer, args)
-    labels = list({scorer.space.key(arch): (arch, value) for arch, value in reversed(labels)}.values())
-    start = [scorer.task] if args.task else [task for task in TASKS.values() if type(task) is type(scorer.task)]
-    draw = partial(mutate_task, scorer.task) if args.task else partial(random_task, kind=type(scorer.task))
-
-    begin(scorer, args, (args.population + args.cycles) * len(labels) + len(others))
-    history = search_task(start, draw, partial(rho_of, scorer, labels), random.Random(args.seed), **args.evolution)
-    task, rho = max(((task, -value) for task, value in history), key=lambda pair: pair[1])
-    weights, rho_left_out = fit_weights([scorer.trained(arch, task)[0] for arch, _ in labels],
-                                        [value for _, value in labels])
-    if fitted := rho_left_out > rho:
-        task, rho = replace(task, weights=weights), rho_left_out
-
-    print(task.to_json())
-    result = {"task": json.loads(task.to_json()), "n": len(labels), "spearman": rho, "evaluated": len(history)}
-    summary = f"spearman {rho:.3f} on {len(labels)} networks{', leave-one-out, by fitted weights' * fitted}"
-    if len({value for _, value in others}) > 1:
-        result |= {"n_held_out": len(others), "spearman_held_out": rho_of(scorer, others, task)}
-        summary += f"; {result['spearman_held_out']:.3f} on {len(others)} others"
-    print(f"gennas: {summary}; the best of {len(history)} tasks", file=sys.stderr)
-    if args.plot:
-        plot_history(args.plot, history, "- rho", summary)
-    return result
-
-
-def rho_of(scorer: Scorer, labels: list, task: AnyTask) -> float:
-    """Return rho of a task's score, its sign turned, with labels (architecture, value); an undefined one counts 0."""
-    archs, values = zip(*labels)
-    return float(np.nan_to_num(spearman(-np.array(scorer(list(archs), task)), values)))
-
-
-def run_show(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
-    """Show a task as JSON, the formula of its score and, with --plot, its signals."""
-    formula = " ".join(f"{weight:+g} {term}" for term, weight in scorer.weights(scorer.task).items())
-    chosen = "" if scorer.task.weights or formula == "+1 log loss" else "; the weights were chosen on labels"
-    print(f"gennas: score = {formula}{chosen}", file=sys.stderr)
-    print(scorer.task.to_json())
-    if args.plot:
-        plot_signals(scorer, args.plot)
-    return {}
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-MODES = {"search": run_search, "score": run_score, "correlate": run_correlate, "search-task": run_search_task,
-         "show": run_show}
-SEARCHES, LABELLED, SCORES = ("search", "search-task"), ("correlate", "search-task"), ("search", "score", "correlate")
-OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belongs to, help
-    "task": ("NAME|FILE.json", MODES, "what a network must regress; default: the task of the space"),
-    "steps": ("N", MODES, "training steps, instead of the preset's; 0 trains nothing"),
-    "images": ("synthetic|FILE", MODES, "a .npy or .npz array (N, H, W, 3) or (N, 3, H, W), uint8 or in [0, 1]"),
-    "seed": ("N", MODES, "of images, signals, parameters, noise and search (0)"),
-    "seeds": ("N", SCORES, "the score is the mean over so many seeds, from --seed up (1)"),
-    "device": ("cpu|cuda[:N]", MODES, "default: cuda where there is one"),
-    "population": ("N", SEARCHES, "members of the queue (50; of tasks 10, with --preset paper 50)"),
-    "tournament": ("N", SEARCHES, "members drawn, of which the best is mutated (10; of tasks 5, paper 10)"),
-    "cycles": ("N", SEARCHES, "children after the first queue (400; of tasks 20, paper 400)"),
-    "batch": ("N", SEARCHES, "children made from the same queue (16; of tasks 1, paper 1)"),
-    "finalists": ("N", ("search",), "the best of a search, trained again with two fresh seeds; 0: none (10; paper 0)"),
-    "max-params": ("N", ("search",), "search among networks of at most N parameters"),
-    "max-flops": ("N", ("search",), "and of at most N operations an image; a multiply-add is two"),
-    "labels": ("FILE", LABELLED, "a JSON list of [architecture, value], higher = better"),
-    "limit": ("N", LABELLED, "only the first N labels; search-task tests what it finds on the others"),
-    "workers": ("N", MODES, "processes that train; default: one for each GPU, or for each CPU core"),
-    "out": ("FILE.jsonl", (*SCORES, "search-task"), "record of every training; the same command resumes from it"),
-    "plot": ("FILE.png", MODES, "draw the result (needs matplotlib)"),
+    return tuple(np.nanquantile([spearman(a[sample], b[sample]) for sample in drawn], (0.025, 0.975)).tolist())
+
+
+# --------------------------------------------------------------------------------- presets, weights on labels
+class Preset(NamedTuple):
+    """How the networks of a family of spaces are trained and scored."""
+    settings: Settings
+    sizes: dict[str, Any] = {}  # arguments of the space's class in search_spaces, which set the size of its networks
+    weights: dict[str, float] = {"log loss": 1.0}  # of the terms of the score; this default is the paper's
+    task: str | None = None  # a name of TASKS; None: the space's own task
+
+
+# The constants of "fast" were chosen on labels: most of them on 150 to 300 networks each of nb101, nb201, nbmacro and
+# nbnlp, the weights of NDS on 70 networks each of three of its spaces. The README tells what each change is worth.
+FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.005, side=16, ridge=1.0)
+WITH_SIZE = {"log loss": 1.0, "log params": -0.03}  # not in the paper: of two equal losses, the larger network's wins
+CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, WITH_SIZE, "combo")
+RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, WITH_SIZE, "combo")
+
+# preset -> family of spaces -> how its networks are trained and scored; "" stands for all other spaces, and for yours
+PRESETS: dict[str, dict[str, Preset]] = {
+    "paper": {"": Preset(Settings()), "nbnlp": Preset(Settings(), {"reservoir": True})},
+    "fast": {
+        "": Preset(FAST),
+        # The loss of stage 1 ranks the networks of nb101 and nb201 backwards, so it does not count.
+        "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True},
+                        {"log loss": 1.0, "log loss 2 after": 1.0}),
+        # Two things tell the best cells apart: five cells in a stage, as in the benchmark, and a high loss of stage 3
+        # before training.
+        "nb201": Preset(replace(FAST, steps=10, learning_rate=0.3, batch=8, side=24, stage_weights=(0.0, 0.5, 1.0)),
+                        {"width": 8, "cells": 5, "all_blocks": True},
+                        {"log loss": 1.0, "log params": -0.07, "log loss 3 before": -0.15}),
+        # Deep networks are good here, but early losses are against them: the loss alone ranks backwards.
+        "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32), {"width": 8}, {
+            "log loss": 1.0, "log loss 1 after": 7.0, "log loss 2 after": -1.4, "log loss 3 before": -0.2}, "combo"),
+        "nbnlp": Preset(replace(FAST, steps=72, batch=32, size=4), {"reservoir": True, "widths": (100, 150, 150, 100)}),
+        **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
+        **dict.fromkeys(("resnet", "resnext-a"), RESIDUAL),
+        "resnext-b": RESIDUAL._replace(sizes={"shrink": 4, "all_blocks": True}),
+    },
 }
 
 
-def fail(status: int, message: str) -> Any:
-    print(f"gennas: {message}", file=sys.stderr)
-    sys.exit(status)
+def fit_weights(networks: list[Trained], values: list[float], penalty: float = 20) -> tuple[dict[str, float], float]:
+    """Return weights of a score that ranks labelled networks by their values (higher is better), and its rho.
+
+    Not in the paper. A ridge regression of the standardised ranks on the terms; rho is that of the predictions by
+    leave-one-out. The weight of the log loss is free, the penalty draws all others to 0: few labels then leave mostly
+    the loss. Terms are divided by their median absolute deviation and cut at four of them; otherwise the few networks
+    that hardly train would decide the weights.
+    """
+    converged = [i for i, trained in enumerate(networks) if math.isfinite(trained.loss)]
+    if len(converged) < 3:
+        return {"log loss": 1.0}, math.nan
+    table = [terms(networks[i]) for i in converged]
+    x = np.array([list(row.values()) for row in table])  # (n, terms)
+    x = x - np.median(x, 0)
+    deviation = np.median(abs(x), 0)
+    varied, names = deviation > 1e-5, list(table[0])
+    x = np.clip(x[:, varied] / deviation[varied], -4, 4)
+    x, y = x - x.mean(0), ranks(-np.array(values)[converged])
+    y = (y - y.mean()) / y.std()
+
+    penalties = np.array([1e-6 if name == "log loss" else penalty for name in names])  # not 0, so that it is regular
+    solution = np.linalg.solve(x.T @ x + np.diag(penalties[varied]), x.T)  # (terms, n)
+    fitted, leverage = solution @ y, (x * solution.T).sum(1)  # the diagonal of the hat matrix
+    left_out = np.full(len(networks), math.inf)  # scores by leave-one-out; a network that diverged stays the last
+    left_out[converged] = y - (y - x @ fitted) / (1 - leverage - 1 / len(y))  # 1 / n is that of the intercept
+    weights = zip(np.array(names)[varied].tolist(), fitted / deviation[varied])
+    return {name: float(f"{weight:.4g}") for name, weight in weights}, spearman(-left_out, values)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    import search_spaces
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: fail(2, f"error: {message}")
-    option, defaults = parser.add_argument, {"images": "synthetic", "seed": 0, "seeds": 1}
-    option("arch", nargs="*", metavar="ARCH", help="to score, in their benchmark's spelling; - reads stdin, one a line")
-    option("--space", required=True, metavar="NAME", help=f"{', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
-    option("--mode", choices=MODES, default="search", help="search is the default")
-    option("--preset", choices=PRESETS, default="fast", help="how a network is trained (fast)")
-    option("--json", action="store_true", help="the last line of stdout is one JSON object")
-    option("--quiet", action="store_true", help="no progress on stderr")
-    for name, (metavar, _, text) in OPTIONS.items():
-        option(f"--{name}", metavar=metavar, type=int if metavar == "N" else str, default=defaults.get(name), help=text)
-    args = parser.parse_intermixed_args(argv)
+# ----------------------------------------------------------------------------------------- recurrent networks
+@dataclass(frozen=True)
+class RnnTask:
+    """A task of a recurrent network: to turn one sequence of signals into another (paper, 3.3).
 
-    if args.arch and args.mode != "score":
-        parser.error(f"ARCH belongs to --mode score, not to --mode {args.mode}")
-    for name, (metavar, modes, _) in OPTIONS.items():
-        value, least = getattr(args, name.replace("-", "_")), int(name not in ("steps", "seed", "cycles", "finalists"))
-        if value != defaults.get(name) and args.mode not in modes:
-            parser.error(f"--{name} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
-        if metavar == "N" and value is not None and value < least:
-            parser.error(f"--{name} {value}: expected a whole number from {least} up")
+    A sequence is one map: y is its time, x the index of a number of its `dimension`.
+    """
+    noise: Noise
+    dimension: int  # 1 to 1024
+    input: tuple[Signal, ...]  # all signals are per_sample
+    target: tuple[Signal, ...]
+    weights: dict[str, float] | None = None
 
-    fast, tasks = args.preset == "fast", args.mode == "search-task"
-    population, tournament, cycles, batch = (10, 5, 20, 1) if fast and tasks else (50, 10, 400, 16 if fast else 1)
-    if tasks and args.task and args.cycles == 0:
-        population = 1  # no search: the weights of that task are fitted
-    args.population = args.population or population
-    args.tournament = args.tournament or min(tournament, args.population)
-    args.batch = args.batch or min(batch, args.population)
-    args.cycles = cycles if args.cycles is None else args.cycles
-    args.finalists = 10 * fast if args.finalists is None else args.finalists
-    args.evolution = {name: getattr(args, name) for name in ("population", "tournament", "cycles", "batch")}
-    for name in ("tournament", "batch"):
-        if getattr(args, name) > args.population:
-            parser.error(f"--{name} {getattr(args, name)}: expected at most the population, {args.population}")
-    return args
+    def parts(self, batch: int, size: int) -> dict[str, tuple[tuple[Signal, ...], Shape]]:
+        return {name: (getattr(self, name), (batch, 1, size, self.dimension)) for name in ("input", "target")}
+
+    draw = Task.draw
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line. What is wrong becomes one line on stderr and an exit status."""
-    global pool  # it would else be gone before its thread, which holds it weakly, has cancelled what is left
-    clock, args, pool, wrong = time.perf_counter(), parse_arguments(argv), None, None
-    kept = f"; what was trained is in {args.out}, the same command goes on from there" if args.out else ""
-    set_up_process()
-    try:
-        if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
-            distributed.init_process_group("gloo", timeout=timedelta(days=99))
-        devices = find_devices(args.device)
-        options = {name: getattr(args, name) for name in ("space", "preset", "images", "seed", "steps", "seeds")}
-        if torchrun and distributed.get_rank():  # which needs no files of tasks and labels
-            return serve(Scorer(**options, device=devices[int(os.environ["LOCAL_RANK"]) % len(devices)]))
-        scorer = Scorer(**options, task=args.task, device=devices[0])
-        if args.plot:  # what is wrong with it is told before anything is computed
-            check(find_spec("matplotlib") is not None, "--plot", "here", "matplotlib, from: pip install matplotlib")
-            right = Path(args.plot).suffix in (".png", ".pdf", ".svg") and args.plot != args.out
-            check(right, "--plot", args.plot, "a .png, .pdf or .svg file, and another than --out")
-            open(args.plot, "ab").close()
-        args.workers = args.workers or len(devices)
-        if torchrun:
-            broadcast(scorer.made_with())
-            scorer.workers = partial(torchrun_map, scorer)
-        elif args.workers > 1:
-            context = multiprocessing.get_context("spawn")
-            queue = context.SimpleQueue()
-            for rank in range(args.workers):
-                queue.put(devices[rank % len(devices)])
-            pool = ProcessPoolExecutor(args.workers, context, start_worker, (options, queue))
-            scorer.workers = partial(pool_map, pool)
-        result = MODES[args.mode](scorer, args)
-    except KeyboardInterrupt:
-        fail(130, f"interrupted{kept}")
-    except BrokenExecutor:
-        fail(1, f"error: a worker died{kept}")
-    except (OSError, ValueError) as error:
-        wrong = str(error)
-    finally:
-        if pool:
-            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)  # after Ctrl-C no worker is waited for
-    if torchrun:
-        broadcast()
-    if wrong:
-        fail(2, f"error: {wrong}")
-    if args.json:
-        about = {"mode": args.mode, "space": args.space, "task": args.task or scorer.own_task, **result}
-        print(json.dumps(about | {"preset": args.preset, "images": scorer.images_name,
-                                  "seconds": round(time.perf_counter() - clock, 3)}))
+AnyTask = Task | RnnTask
 
 
-# ------------------------------------------------------------------------------------------------------------ tasks
-# As released by the authors. combo, nlp-combo and nlp-single are made by hand, the others are what their task search
-# found on the space of that name.
+def random_rnn_task(rng: random.Random) -> RnnTask:
+    bases = [basis for basis in BASES if basis != "resize"]
+    return RnnTask(random_noise(rng), rng.choice(CHANNELS),
+                   *[random_signals(rng, bases, per_sample=True) for _ in range(2)])
+
+
+def mutate_rnn_task(task: RnnTask, rng: random.Random) -> RnnTask:
+    """Draw another task: the noise, the dimension and each basis of input and target are redrawn with chance 0.2."""
+    other = random_rnn_task(rng)
+    child = RnnTask(pick(task.noise, other.noise, rng), pick(task.dimension, other.dimension, rng),
+                    pick_signals(task.input, other.input, rng), pick_signals(task.target, other.target, rng))
+    return child if child != replace(task, weights=None) else mutate_rnn_task(task, rng)
+
+
+class RnnRegression(Regression):
+    """The regression of a recurrent network, which has one stage and a linear layer as its head. It needs no images."""
+
+    def __init__(self, task: RnnTask, images: Tensor | None = None, settings: Settings = Settings(), *args: Any):
+        super().__init__(task, images, replace(settings, stage_weights=settings.stage_weights[-1:]), *args)
+
+    def draw_tensors(self, images: Tensor | None) -> list[Tensor]:
+        tensors = self.task.draw(None, self.seed, self.settings.batch, self.settings.size)  # (B, 1, T, D)
+        return [sequences[:, 0] for sequences in tensors]  # (B, T, D)
+
+    def with_heads(self, body: nn.Module) -> nn.ModuleList:
+        """Put an encoder (B, T, D) -> (B, T, width) before the network; the decoder behind it is the head."""
+        encoder = nn.Linear(self.task.dimension, body.width)
+        heads = [nn.Linear(body.width, self.task.dimension)] if self.settings.ridge is None else []
+        for layer in (encoder, *heads):
+            nn.init.uniform_(layer.weight, -0.1, 0.1)
+        for layer in heads:
+            nn.init.zeros_(layer.bias)
+        return nn.ModuleList([nn.Sequential(encoder, body), *heads])
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(network.parameters(), self.settings.rnn_learning_rate,
+                                weight_decay=self.settings.rnn_weight_decay, fused=True)
+
+    def taps(self, body: nn.Module, sequences: Tensor) -> list[Tensor]:
+        return [body(sequences)]
+
+    def match_sizes(self, stage: int, tap: Tensor) -> tuple[Tensor, Tensor]:
+        return tap, self.targets[stage]
+
+
+# ------------------------------------------------------------------------------------------------------ tasks
+# The tasks that the authors released. combo, nlp-combo and nlp-single were made by hand; each of the others was found
+# by the authors' task search on the space of its name.
 TASKS: dict[str, AnyTask] = {
     "combo": COMBO,
     "nb101": Task(Noise("uniform", 0.1), (
@@ -1251,14 +753,671 @@ TASKS: dict[str, AnyTask] = {
         (Signal("sin1d", 1.0, True, MEDIUM), Signal("sin2d", 1.0, True, MEDIUM))] * 2),
     "nlp-single": RnnTask(Noise("uniform", 0.0), 64, *[(Signal("dot", 1.0, True, density=1.0),)] * 2),
 }
+TERMS = tuple(terms(Trained(1.0, [[1.0]] * 3, 1)))
 
 
 def read_task(task: AnyTask | str) -> AnyTask:
-    """Return a task of TASKS by its name, one from a JSON file, or the task itself."""
+    """Return a task of TASKS by its name, a task from a JSON file, or the task itself."""
     if isinstance(task, AnyTask) or task in TASKS:
-        return TASKS.get(task, task)
+        return TASKS[task] if isinstance(task, str) else task
     check(task.endswith(".json"), "task", task, f"one of {', '.join(TASKS)} or a FILE.json")
     return task_from_json(Path(task).read_bytes(), f"task {task}")
+
+
+def task_to_json(task: AnyTask) -> str:
+    return json.dumps(asdict(task, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None}))
+
+
+def task_digest(task: AnyTask) -> str:
+    """Return a hash of the task without its score weights; 1 and 1.0 hash alike."""
+    numbers = json.loads(task_to_json(replace(task, weights=None)), parse_int=float)
+    return digest_of(json.dumps(numbers).encode())
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def task_from_json(text: str | bytes, name: str = "task") -> AnyTask:
+    """Return the task that `task_to_json` wrote. ValueError if a field is missing, unknown or out of range."""
+    try:
+        task = json.loads(text, object_hook=part_from_json)
+        check_task(task)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    return task
+
+
+def part_from_json(values: dict[str, Any]) -> Any:
+    """Return the part of a task that has such a field; the weights of a score stay a dict."""
+    kinds = {"basis": Signal, "kind": Noise, "channels": Stage, "stages": Task, "dimension": RnnTask}
+    kind = next((kind for name, kind in kinds.items() if name in values), dict)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def check_task(task: Any) -> None:
+    """Raise ValueError for a value that no task can have."""
+    check(isinstance(task, AnyTask), "JSON", task, "an object with stages, or with dimension, input and target")
+    check(isinstance(task.noise, Noise), "noise", task.noise, "a kind and a level")
+    check(task.noise.kind in ("uniform", "gaussian"), "kind", task.noise.kind, "uniform or gaussian")
+    numbers = [("level", task.noise.level, 10)]  # name, value, largest value
+    for term, weight in (task.weights or {}).items():
+        check(term in TERMS and abs(weight) < math.inf, "weights", {term: weight}, f"numbers for {', '.join(TERMS)}")
+
+    counts = [("dimension", task.dimension, 1024)] if isinstance(task, RnnTask) else []
+    if isinstance(task, Task):
+        check([type(stage) for stage in task.stages] == [Stage] * 3, "stages", task.stages, "three")
+        counts = [("channels", stage.channels, 640) for stage in task.stages]
+    for name, count, largest in counts:
+        check(type(count) is int and 1 <= count <= largest, name, count, f"a whole number from 1 to {largest}")
+
+    for signals, _ in task.parts(1, 1).values():
+        check(type(signals) is tuple and {*map(type, signals)} <= {Signal}, "signals", signals, "a list of signals")
+        check(len({signal.basis for signal in signals}) == len(signals), "signals", signals, "no basis twice")
+        for signal in signals:
+            check(signal.basis in BASES, "basis", signal.basis, f"one of {', '.join(BASES)}")
+            fields = tuple(name for name in ("frequencies", "density", "per_sample") if getattr(signal, name) is not None)
+            check(fields == BASES[signal.basis][1], f"fields of {signal.basis}", fields, f"{BASES[signal.basis][1]}")
+            f = (0.1,) * 10 if signal.frequencies is None else signal.frequencies
+            check(len(f) == 10 and 0 < min(f) and max(f) < 0.5, "frequencies", f, "10 numbers above 0 and below 0.5")
+            allowed = (True,) if isinstance(task, RnnTask) else (None, True, False)
+            check(signal.per_sample in allowed, "per_sample", signal.per_sample, f"one of {allowed}")
+            numbers += [("level", signal.level, 10), ("density", signal.density or 0, 1)]
+    for name, number, largest in numbers:
+        check(0 <= number <= largest, name, number, f"a number from 0 to {largest}")
+
+
+def check(condition: bool, name: str, value: Any, expected: str) -> None:
+    """Raise ValueError, which names what is wrong and what would be right, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, not {value!r:.80}")
+
+
+# ----------------------------------------------------------------------------------------------------- scorer
+Name = tuple[str, int, str]  # of a training: the task's digest, the seed, the network's key
+Item = tuple[Name, AnyTask, Any]  # a training to be done: its name, its task, its architecture
+Result = tuple[Name, Trained]
+
+
+class Scorer:
+    """Scores architectures of one space: `scorer(archs)` returns a list of numbers; lower is better.
+
+    Each network is trained once for a task and a seed. Architectures with equal keys are one network.
+
+    space: a `--space` name, or an object with the methods random, mutate, build, key and format.
+    preset, steps: a name of PRESETS, and the number of training steps if it is not the preset's.
+    task: a name of TASKS, a FILE.json or a task. The default is the preset's or else the space's.
+    images: "synthetic", or the path of a file for `read_images`.
+    seed, seeds: a score is the mean over `seeds` seeds, from `seed` up, of images, targets, parameters and noise.
+    device: the default is a GPU if there is one.
+    """
+
+    def __init__(self, space: Any, preset: str = "fast", task: AnyTask | str | None = None, images: str = "synthetic",
+                 seed: int = 0, device: str | None = None, steps: int | None = None, seeds: int = 1):
+        self.name = space if isinstance(space, str) else getattr(space, "name", type(space).__name__)
+        own = not isinstance(space, str) and type(space).__module__ != "search_spaces"  # a space of the user's own
+        family = "" if own else self.name.removesuffix("-in").removesuffix("-fix")
+        self.preset = PRESETS[preset].get(family, PRESETS[preset][""])
+        self.settings = self.preset.settings if steps is None else replace(self.preset.settings, steps=steps)
+        if isinstance(space, str):
+            import search_spaces  # not at the top, so that a copy of this file alone can score objects
+            space = search_spaces.get(space, **self.preset.sizes)
+        self.space, self.seeds, self.device = space, range(seed, seed + seeds), device or find_devices(None)[0]
+
+        self.own_task = self.preset.task or getattr(space, "task", "nb101")
+        self.task = read_task(task or self.own_task)
+        check(type(self.task) is type(read_task(self.own_task)), "task", task, f"one like {self.own_task}")
+        self.images = None if images == "synthetic" else read_images(images, self.settings.batch)
+        self.images_name = images if self.images is None else f"sha256 {digest_of(self.images.numpy().tobytes())}"
+        self.drawn_task, self.regressions = self.task, {}  # the regressions of this task, by seed
+        self.record, self.progress = Record(), Progress()
+        self.train: Callable[[list[Item]], Iterable[Result]] = self.train_here  # the command line may set another
+
+    def __call__(self, archs: list[Any], task: AnyTask | None = None, seeds: range | None = None) -> list[float]:
+        """Return the scores. `task` and `seeds` replace the scorer's own."""
+        task, seeds, known = task or self.task, seeds or self.seeds, self.record.known
+        keys, digest = [self.space.key(arch) for arch in archs], task_digest(task)
+        arch_of = dict(zip(keys, archs))
+        asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # trainings, and how often each
+
+        self.progress.advance(sum(asked[name] for name in asked if name in known))
+        items = [(name, task, arch_of[name[2]]) for name in asked if name not in known]
+        for name, trained in (self.train if len(items) > 1 else self.train_here)(items):
+            self.record.add(name, self.space.format(arch_of[name[2]]), trained)
+            self.progress.advance(asked[name], new=1)
+
+        weights = self.weights(task)
+        return [sum(score(weights, known[digest, seed, key]) for seed in seeds) / len(seeds) for key in keys]
+
+    def train_here(self, items: list[Item]) -> Iterator[Result]:
+        """Train the items in this process."""
+        for name, task, arch in items:
+            regression = self.regression(task, name[1])
+            start = time.perf_counter()
+            trained = regression(self.space, arch)
+            yield name, trained._replace(seconds=round(time.perf_counter() - start, 3))
+
+    def regression(self, task: AnyTask, seed: int) -> Regression:
+        """Return the regression of a task and a seed. Those of the last task are kept."""
+        if task != self.drawn_task:
+            self.drawn_task, self.regressions = task, {}
+        if seed not in self.regressions:
+            images = synthetic_images(seed, self.settings.batch) if self.images is None else self.images
+            kind = Regression if isinstance(task, Task) else RnnRegression
+            self.regressions[seed] = kind(task, images, self.settings, seed, self.device)
+        return self.regressions[seed]
+
+    def trained(self, arch: Any, task: AnyTask | None = None) -> list[Trained]:
+        """Return the trainings of an architecture that was scored, one for each seed of the scorer."""
+        return [self.record.known[task_digest(task or self.task), seed, self.space.key(arch)] for seed in self.seeds]
+
+    def weights(self, task: AnyTask) -> dict[str, float]:
+        """Return the weights of a task's score: its own, or else the preset's. Those of single stages were chosen for
+        the preset's own task and number of steps, so they hold for no other."""
+        weights = self.preset.weights
+        if task != read_task(self.own_task) or self.settings != self.preset.settings:
+            weights = {term: weights[term] for term in ("log loss", "log params") if term in weights}
+        return task.weights or weights
+
+    def made_with(self) -> dict[str, Any]:
+        """Return all that a training depends on besides its name, in the form of the record's first line."""
+        path = self.name.rpartition(":")[0]  # of a FILE.py:CLASS
+        return json.loads(json.dumps({
+            "losses": RECORD_VERSION, "space": self.name, "file": path and digest_of(Path(path).read_bytes()),
+            "images": self.images_name, "device": torch.device(self.device).type, "sizes": self.preset.sizes,
+            **asdict(self.settings)}))
+
+
+def read_images(path: str, batch: int) -> Tensor:
+    """Return the first images of a .npy file, or of the first 4-dimensional array of a .npz file, normalised, as
+    (batch, 3, 32, 32). ValueError unless the array is uint8, or float in [0, 1], and (N, H, W, 3) or (N, 3, H, W)."""
+    try:
+        array = np.load(path, mmap_mode="r")  # a .npy is mapped, not read; pickles are refused
+        if isinstance(array, np.lib.npyio.NpzFile):
+            array = next((array[name] for name in array.files if array[name].ndim == 4), np.empty(0))
+        fits = array.ndim == 4 and 3 in (array.shape[1], array.shape[3]) and len(array) >= batch
+        check(fits, "shape", array.shape, f"(N, H, W, 3) or (N, 3, H, W), N at least {batch}")
+        values = np.array(array[:batch], np.float32) / np.float32(255 if array.dtype == np.uint8 else 1)
+        check(bool(0 <= values.min() <= values.max() <= 1), "values", array.dtype.name, "uint8, or float from 0 to 1")
+        with isolated(), torch.device("cpu"):
+            images = torch.from_numpy(values)
+            images = images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images
+            check(bool(images.std((0, 2, 3)).min() > 0), "colours", "one that is the same everywhere", "varied ones")
+            return resized(normalised(images), 32)
+    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"images {path}: {error}; expected a .npy or .npz array") from None
+
+
+# ---------------------------------------------------------------------------------------- record and progress
+RECORD_VERSION = 6  # raised when equal settings give other losses or lines than before; no record mixes two versions
+
+
+class Record:
+    """The trainings that are known, by name; and their file, a line of settings, then one line for each training.
+
+    A line is flushed as soon as its training is done. An existing file is read, so that a run goes on where it stopped;
+    a torn last line is dropped with a warning. ValueError, and the file stays as it is, if it was made with other
+    settings or is no record.
+    """
+
+    def __init__(self, path: str | None = None, settings: dict[str, Any] | None = None):
+        self.known: dict[Name, Trained] = {}
+        self.file = open(path, "a+b") if path else None
+        content = Path(path).read_bytes() if path else b""
+        if not content:
+            return self.write({"settings": settings})
+        *lines, torn = content.split(b"\n")
+        is_record = content[:14] == b'{"settings": {' and len(lines) > 0
+        check(is_record, f"{path}: first line", content[:30], "a line of settings, or another --out file")
+        made_with = json.loads(lines[0])["settings"]
+        for name in settings | made_with:
+            check(settings.get(name) == made_with.get(name), f"{path}: {name} of this run", settings.get(name),
+                  f"{made_with.get(name)!r:.80} as there, or another --out file")
+        for line in lines[1:]:
+            task, seed, key, _, loss, *rest = json.loads(line).values()
+            self.known[task, seed, key] = Trained(math.inf if loss is None else loss, *rest)
+        if torn:
+            print(f"gennas: {path}: the torn last line is dropped", file=sys.stderr)
+            self.file.truncate(len(content) - len(torn))
+
+    def add(self, name: Name, arch: str, trained: Trained) -> None:
+        self.known[name] = trained
+        task, seed, key = name
+        losses = [[finite(loss) for loss in curve] for curve in trained.losses]
+        self.write({"task": task, "seed": seed, "key": key, "arch": arch, "loss": finite(trained.loss),
+                    "losses": losses, "params": trained.params, "seconds": trained.seconds})
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.file:
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+
+
+def finite(value: float) -> float | None:
+    """Return the number, or None for infinity and NaN, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
+class Progress:
+    """The progress of a run of `total` trainings, printed to stderr every ten seconds; with a total of 0, never."""
+
+    def __init__(self, total: int = 0):
+        self.total, self.done, self.new = total, 0, 0
+        self.start = self.shown = time.monotonic()
+
+    def advance(self, count: int, new: int = 0) -> None:
+        self.done, self.new, now = self.done + count, self.new + new, time.monotonic()
+        if self.total and now - self.shown >= 10:
+            self.shown, rate = now, max(self.new, 1) / (now - self.start)
+            left = (self.total - self.done) / rate
+            print(f"{self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------- workers
+def find_devices(name: str | None) -> list[str]:
+    """Return the devices that `--device` means, one for each worker. ValueError for one that this machine lacks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus, cpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())], ["cpu"] * cores
+    devices = {None: gpus or cpus, "cpu": cpus, "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
+    check(bool(devices.get(name)), "--device", name, " or ".join(["cpu", *gpus]))
+    return devices[name]
+
+
+def start_worker(options: dict[str, Any], devices: Any) -> None:
+    """Start a process that trains with a Scorer and a device of its own, and ends when its parent is gone."""
+    global worker
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    worker = Scorer(**options, device=devices.get())
+
+
+def work(item: Item) -> Result:
+    return next(worker.train_here([item]))
+
+
+def train_in_pool(pool: ProcessPoolExecutor, items: list[Item]) -> Iterator[Result]:
+    """Train the items in the processes of a pool on this machine, which start when they are first needed. If one
+    raises, those that have not begun are cancelled, and what was done is yielded before the error is raised."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit this: Ctrl-C is for this one alone
+    futures = [pool.submit(work, item) for item in items]
+    signal.signal(signal.SIGINT, handler)
+    failed = None
+    for future in as_completed(futures):
+        if future.cancelled() or future.exception():
+            failed = failed or future
+            for other in futures:
+                other.cancel()
+        else:
+            yield future.result()
+    if failed:
+        failed.result()  # raises its error
+
+
+def train_in_ranks(scorer: Scorer, items: list[Item]) -> Iterator[Result]:
+    """Train the items in all ranks of torchrun, on one machine or several; called in rank 0."""
+    for chunk in chunks(items, 8 * distributed.get_world_size()):
+        yield from train_share(scorer, broadcast(chunk))
+
+
+def train_share(scorer: Scorer, items: list[Item]) -> Iterator[Result]:
+    """Train this rank's share of a chunk. In rank 0, yield what all ranks trained, then raise what one of them raised."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    results, error = [], None
+    try:
+        for result in scorer.train_here(items[rank::world]):
+            results.append(result)
+    except Exception as raised:
+        error = raised
+    shares = [None] * world if rank == 0 else None
+    distributed.gather_object((results, error), shares)
+    for results, _ in shares or []:
+        yield from results
+    for _, error in shares or []:
+        if error:
+            raise error
+
+
+def serve(scorer: Scorer) -> None:
+    """Train shares in a rank other than 0. ValueError if its networks would be trained otherwise than those of rank 0."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a broadcast waits where Python handles no signal
+    mine, settings = scorer.made_with(), broadcast() or {}
+    for name in settings:
+        check(mine[name] == settings[name], f"{name} of a rank", mine[name], f"{settings[name]!r:.80} as in rank 0")
+    while settings and (items := broadcast()):
+        list(train_share(scorer, items))
+
+
+def broadcast(value: Any = None) -> Any:
+    """Send from rank 0 to the others: the settings, then chunks, and at the end None."""
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def chunks(items: list, size: int) -> Iterator[list]:
+    return (items[start:start + size] for start in range(0, len(items), size))
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+def plot_signals(scorer: Scorer, path: str, count: int = 8) -> None:
+    """Draw each signal of a task and their sums, a line each: maps of the first image, or one map of each sequence."""
+    from matplotlib.figure import Figure
+    task, settings, seed, lines = scorer.task, scorer.settings, scorer.seeds[0], []
+    images = scorer.regression(task, seed).input.cpu()
+    totals = task.draw(images, seed, settings.batch, settings.size)
+    for (name, (signals, shape)), total in zip(task.parts(settings.batch, settings.size).items(), totals):
+        lines += [(f"{name}\n{signal.level} {signal.basis}", signal.maps(shape, images, name, seed).expand(shape))
+                  for signal in signals]
+        lines.append((f"{name}\nsum", total))
+
+    figure = Figure(layout="constrained", figsize=(2 + 0.8 * count, len(lines)))
+    for (label, maps), axes in zip(lines, figure.subplots(len(lines), count)):
+        limit = maps.abs().max()
+        for ax, values in zip(axes, maps.flatten(0, 1).numpy()):
+            ax.imshow(values, cmap="RdBu_r", aspect="auto", vmin=-limit, vmax=limit)
+            ax.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def plot_lines(path: str, labels: tuple[str, str], *lines: tuple[str, Any, Any, str], title: str = "") -> None:
+    """Draw lines or dots, each (name, x, y, style)."""
+    from matplotlib.figure import Figure
+    figure = Figure(layout="constrained", figsize=(5.5, 4))
+    ax = figure.subplots()
+    for name, x, y, style in lines:
+        ax.plot(x, y, style, markersize=4, label=name)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.set_title(title, fontsize=8)
+    if len(lines) > 1:
+        figure.legend(fontsize=7, loc="outside lower center")
+    figure.savefig(path, dpi=100)
+
+
+def plot_history(path: str, history: list[tuple[Any, float]], label: str, title: str = "") -> None:
+    """Draw the scores of an evolution and the best so far."""
+    scores, numbers = [value for _, value in history], range(1, len(history) + 1)
+    plot_lines(path, ("candidates evaluated", label), ("candidate", numbers, scores, "."),
+               ("best so far", numbers, np.minimum.accumulate(scores), "-"), title=title)
+
+
+# ------------------------------------------------------------------------------------------------------ modes
+# A mode checks its input, calls `begin`, prints its result, and returns what --json adds to it.
+def begin(scorer: Scorer, args: argparse.Namespace, trainings: int) -> None:
+    """Open the record and tell what is run."""
+    task = None if args.mode == "search-task" else json.loads(task_to_json(replace(scorer.task, weights=None)))
+    scorer.record = Record(args.out, scorer.made_with() | {"task": task})
+    if not args.quiet:
+        scorer.progress = Progress(trainings)
+        print(f"gennas: {args.mode} {scorer.name}, {f'task {args.task or scorer.own_task}, ' if task else ''}"
+              f"{scorer.settings.steps} steps, images {scorer.images_name}, on {scorer.device}", file=sys.stderr)
+
+
+def result_of(space: Any, arch: Any, value: float) -> dict[str, Any]:
+    return {"arch": space.format(arch), "score": finite(value), "params": int(space.params(arch))}
+
+
+def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
+    """Search for the architecture with the best score."""
+    space, limits = scorer.space, {"params": args.max_params, "flops": args.max_flops}
+    limits = {name: limit for name, limit in limits.items() if limit}
+    check("flops" not in limits or bool(getattr(space, "flops", None)), "--max-flops", args.max_flops,
+          f"--max-params, as {scorer.name} counts no operations")
+    draw, mutate = (partial(draw_within, limits, space, method) for method in (space.random, space.mutate))
+    draw(random.Random(args.seed))  # limits that nothing meets are told before anything is trained
+
+    # Without a finale, the best network is looked up by the search's own seeds.
+    first = scorer.seeds.stop
+    seeds, finalists = (range(first, first + 2), args.finalists) if args.finalists else (scorer.seeds, 1)
+    begin(scorer, args, (args.population + args.cycles) * args.seeds + finalists * len(seeds))
+    history, best = search_architecture(draw, mutate, space.key, scorer, partial(scorer, seeds=seeds),
+                                        random.Random(args.seed), finalists, **args.evolution)
+    unique = len(distinct(history, space.key))
+    check(best[0][1] < math.inf, f"scores of {unique} networks", best[0][1], "a finite one: all diverged")
+
+    results = [result_of(space, arch, value) for arch, value in best]
+    print(f"{results[0]['arch']}\nscore {best[0][1]:.4f}{' in the finale' * bool(args.finalists)}, "
+          f"{results[0]['params']:,} parameters; {len(history)} evaluated architectures, {unique} different networks")
+    if args.finalists:
+        print(f"\nFinale, by seeds {seeds[0]} and {seeds[1]}:\nrank     score   parameters  architecture")
+    for rank, (result, (_, value)) in enumerate(zip(results[:args.finalists], best), start=1):
+        print("{:>4} {:>9.4f} {params:>12,}  {arch}".format(rank, value, **result))
+    if args.plot:
+        plot_history(args.plot, history, "score")
+    return results[0] | {"evaluated": len(history), "unique": unique, "finalists": results[:args.finalists]}
+
+
+def draw_within(limits: dict[str, int], space: Any, draw: Callable, *given: Any) -> Any:
+    """Call draw(*given) until the benchmark's own network is within limits, such as {"params": 1_000_000}."""
+    for arch in (draw(*given) for _ in range(500)):
+        if all(getattr(space, name)(arch) <= limit for name, limit in limits.items()):
+            return arch
+    words = " and ".join(f"--max-{name} {limit:,}" for name, limit in limits.items())
+    raise ValueError(f"none of 500 draws is within {words}; expected a wider limit")
+
+
+def run_score(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
+    """Score given architectures."""
+    texts, space = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch, scorer.space
+    archs = [space.parse(text) for text in texts if text.strip()]
+    check(bool(archs), "--mode score", args.arch, "ARCH [ARCH ...], or - and one a line on stdin")
+
+    begin(scorer, args, len(archs) * args.seeds)
+    print(f"{'score':>9} {'parameters':>12} {'seconds':>8}  architecture")
+    results = []
+    for chunk in chunks(archs, 8 * args.workers):
+        for arch, value in zip(chunk, scorer(chunk)):
+            seconds = round(sum(trained.seconds for trained in scorer.trained(arch)), 3)
+            results.append(result_of(space, arch, value) | {"seconds": seconds})
+            print("{:>9.4f} {params:>12,} {seconds:>8.2f}  {arch}".format(value, **results[-1]), flush=True)
+    if args.plot:
+        curves = [(arch, np.array(scorer.trained(arch)[0].losses[-1], float)) for arch in archs]
+        plot_lines(args.plot, ("training steps", "loss of the last stage"), *(
+            (space.format(arch)[:70], range(len(losses)), losses, "-") for arch, losses in distinct(curves, space.key)))
+    return {"results": results}
+
+
+def read_labels(scorer: Scorer, args: argparse.Namespace) -> tuple[list, list]:
+    """Return the first --limit labels (architecture, value); and those of the others that are of other networks."""
+    import search_spaces
+    space = scorer.space
+    labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
+    check(bool(labels), "--labels", args.labels, f"a FILE, as {scorer.name} has no labels of its own")
+    first, others = labels[:args.limit], labels[args.limit or len(labels):]
+    check(len({value for _, value in first}) > 1, f"values of {len(first)} labels", first[0][1], "different ones")
+    seen = {space.key(arch) for arch, _ in first}
+    return first, [(arch, value) for arch, value in others if space.key(arch) not in seen]
+
+
+def run_correlate(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
+    """Compare the ranking by score with the ranking by recorded values."""
+    archs, values = zip(*read_labels(scorer, args)[0])
+    begin(scorer, args, len(archs) * args.seeds)
+    scores, values = np.array(scorer(list(archs))), np.array(values)
+    rho, tau, interval = (statistic(-scores, values) for statistic in (spearman, kendall, spearman_interval))
+    check(not math.isnan(rho), f"scores of {len(archs)} networks", scores[0], "different ones")
+    by_params = spearman([scorer.space.params(arch) for arch in archs], values)
+    best = values >= np.quantile(values, 0.9)  # among these a search must choose
+    in_best = spearman(-scores[best], values[best]) if best.sum() >= 10 else math.nan
+    seconds = sum(trained.seconds for arch in archs for trained in scorer.trained(arch)) / len(archs)
+
+    summary = "spearman {:.3f} [{:.3f}, {:.3f}], kendall {:.3f}, {} networks".format(rho, *interval, tau, len(archs))
+    print(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}\namong the best tenth by recorded value: "
+          f"spearman {in_best:.3f}\ndiverged: {np.isinf(scores).sum()}; {seconds:.2f} s a network")
+    if args.plot:
+        plot_lines(args.plot, ("score", "recorded value"), ("", scores, values, "."), title=summary)
+    return {"n": len(archs), "spearman": rho, "spearman_ci": list(map(finite, interval)), "kendall": tau,
+            "spearman_params": finite(by_params), "spearman_best_tenth": finite(in_best), "seconds_per_arch": seconds}
+
+
+def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
+    """Search for the task whose score ranks labelled architectures best, and fit the weights of its score to them."""
+    labels, others = read_labels(scorer, args)
+    labels, kind = distinct(labels, scorer.space.key), type(scorer.task)
+    draw, mutate = (random_task, mutate_task) if kind is Task else (random_rnn_task, mutate_rnn_task)
+    start = [task for task in TASKS.values() if type(task) is kind]
+    if args.task:  # the search starts with this task and its mutants
+        start, draw = [scorer.task], partial(mutate, scorer.task)
+
+    begin(scorer, args, (args.population + args.cycles) * len(labels) + len(others))
+    history = search_task(start, partial(rho_of, scorer, labels), random.Random(args.seed), draw, mutate,
+                          **args.evolution)
+    task, value = min(history, key=lambda pair: pair[1])
+    weights, rho = fit_weights([scorer.trained(arch, task)[0] for arch, _ in labels], [value for _, value in labels])
+    if fitted := rho > -value:
+        task = replace(task, weights=weights)
+    else:
+        rho = -value
+
+    print(task_to_json(task))
+    result = {"task": json.loads(task_to_json(task)), "n": len(labels), "spearman": rho, "evaluated": len(history)}
+    summary = f"spearman {rho:.3f} on {len(labels)} networks{', leave-one-out, by fitted weights' * fitted}"
+    if len({value for _, value in others}) > 1:
+        result |= {"n_held_out": len(others), "spearman_held_out": rho_of(scorer, others, task)}
+        summary += f"; {result['spearman_held_out']:.3f} on {len(others)} others"
+    print(f"gennas: {summary}; the best of {len(history)} tasks", file=sys.stderr)
+    if args.plot:
+        plot_history(args.plot, history, "- rho", summary)
+    return result
+
+
+def rho_of(scorer: Scorer, labels: list, task: AnyTask) -> float:
+    """Return Spearman's rho of a task's scores, with the sign turned, with labels. An undefined rho counts 0."""
+    archs, values = zip(*labels)
+    return float(np.nan_to_num(spearman(-np.array(scorer(list(archs), task)), values)))
+
+
+def run_show(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
+    """Show a task as JSON, the formula of its score and, with --plot, its signals."""
+    formula = " ".join(f"{weight:+g} {term}" for term, weight in scorer.weights(scorer.task).items())
+    chosen = "" if scorer.task.weights or formula == "+1 log loss" else "; the weights were chosen on labels"
+    print(f"gennas: score = {formula}{chosen}", file=sys.stderr)
+    print(task_to_json(scorer.task))
+    if args.plot:
+        plot_signals(scorer, args.plot)
+    return {}
+
+
+# ----------------------------------------------------------------------------------------------- command line
+MODES = {"search": run_search, "score": run_score, "correlate": run_correlate, "search-task": run_search_task,
+         "show": run_show}
+SEARCHES, LABELLED, SCORES = ("search", "search-task"), ("correlate", "search-task"), ("search", "score", "correlate")
+OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belongs to, help
+    "task": ("NAME|FILE.json", MODES, "what a network must regress (the task of the space)"),
+    "steps": ("N", MODES, "number of training steps; with 0 nothing is trained (the preset's)"),
+    "images": ("synthetic|FILE", MODES, "a .npy or .npz array (N, H, W, 3) or (N, 3, H, W), uint8 or in [0, 1]"),
+    "seed": ("N", MODES, "seed of images, signals, parameters, noise and search (0)"),
+    "seeds": ("N", SCORES, "a score is the mean over N seeds, from --seed up (1)"),
+    "device": ("cpu|cuda[:N]", MODES, "device that trains (cuda if there is one)"),
+    "population": ("N", SEARCHES, "size of the queue (50; for tasks 10, with --preset paper 50)"),
+    "tournament": ("N", SEARCHES, "how many members are drawn to mutate the best of them (10; for tasks 5, paper 10)"),
+    "cycles": ("N", SEARCHES, "number of children after the first population (400; for tasks 20, paper 400)"),
+    "batch": ("N", SEARCHES, "how many children are made from one queue (16; for tasks and paper 1)"),
+    "finalists": ("N", ("search",), "how many of the best are trained again with two new seeds (10; paper 0)"),
+    "max-params": ("N", ("search",), "largest number of parameters of the benchmark's own network"),
+    "max-flops": ("N", ("search",), "largest number of operations for one image; a multiply-add is two"),
+    "labels": ("FILE", LABELLED, "a JSON list of [architecture, value]; a higher value is better"),
+    "limit": ("N", LABELLED, "use the first N labels; search-task tests its result on the others"),
+    "workers": ("N", MODES, "number of processes that train (one for each GPU or CPU core)"),
+    "out": ("FILE.jsonl", (*SCORES, "search-task"), "record of all trainings, from which the same command resumes"),
+    "plot": ("FILE.png", MODES, "draw the result; needs matplotlib"),
+}
+
+
+def fail(status: int, message: str) -> Any:
+    print(f"gennas: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    import search_spaces
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Defaults are in parentheses.")
+    parser.error = lambda message: fail(2, f"error: {message}")
+    option = parser.add_argument
+    option("arch", nargs="*", metavar="ARCH", help="architecture to score, as its benchmark spells it; - reads stdin")
+    option("--space", required=True, metavar="NAME", help=f"{', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
+    option("--mode", choices=MODES, default="search", help="what to do (search)")
+    option("--preset", choices=PRESETS, default="fast", help="how networks are trained and scored (fast)")
+    option("--json", action="store_true", help="print one JSON object as the last line")
+    option("--quiet", action="store_true", help="print no progress")
+    for name, (metavar, _, text) in OPTIONS.items():
+        option(f"--{name}", metavar=metavar, type=int if metavar == "N" else str, help=text)
+    args = parser.parse_intermixed_args(argv)
+
+    if args.arch and args.mode != "score":
+        parser.error(f"ARCH belongs to --mode score, not to --mode {args.mode}")
+    for name, (metavar, modes, _) in OPTIONS.items():
+        value, least = getattr(args, name.replace("-", "_")), int(name not in ("steps", "seed", "cycles", "finalists"))
+        if value is not None and args.mode not in modes:
+            parser.error(f"--{name} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
+        if value is not None and metavar == "N" and value < least:
+            parser.error(f"--{name} {value}: expected a whole number from {least} up")
+
+    defaults = {"images": "synthetic", "seed": 0, "seeds": 1, "finalists": 10, "population": 50, "tournament": 10,
+                "cycles": 400, "batch": 16}
+    if args.preset == "paper":
+        defaults |= {"finalists": 0, "batch": 1}
+    elif args.mode == "search-task":
+        defaults |= {"population": 10, "tournament": 5, "cycles": 20, "batch": 1}
+    if args.mode == "search-task" and args.task and args.cycles == 0:
+        defaults["population"] = 1  # only the weights of this task are fitted
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, min(value, args.population) if name in ("tournament", "batch") else value)
+    for name in ("tournament", "batch"):
+        if getattr(args, name) > args.population:
+            parser.error(f"--{name} {getattr(args, name)}: expected at most the population, {args.population}")
+    args.evolution = {name: getattr(args, name) for name in ("population", "tournament", "cycles", "batch")}
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line. Wrong input gives one line on stderr and an exit status."""
+    global pool  # a thread of the pool holds it weakly; it must live until that thread has cancelled what is left
+    clock, args, pool, wrong = time.perf_counter(), parse_arguments(argv), None, None
+    kept = f"; what was trained is in {args.out}, and the same command goes on from there" if args.out else ""
+    try:
+        if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
+            distributed.init_process_group("gloo", timeout=timedelta(days=99))
+        devices, rank = find_devices(args.device), int(os.environ.get("LOCAL_RANK", 0))
+        options = {name: getattr(args, name) for name in ("space", "preset", "images", "seed", "steps", "seeds")}
+        if torchrun and distributed.get_rank():  # needs neither the task file nor the labels
+            return serve(Scorer(**options, device=devices[rank % len(devices)]))
+        scorer = Scorer(**options, task=args.task, device=devices[rank % len(devices)])
+        if args.plot:  # what is wrong with it is told before anything is computed
+            check(find_spec("matplotlib") is not None, "--plot", "here", "matplotlib, from: pip install matplotlib")
+            fits = Path(args.plot).suffix in (".png", ".pdf", ".svg") and args.plot != args.out
+            check(fits, "--plot", args.plot, "a .png, .pdf or .svg file, and another than --out")
+            open(args.plot, "ab").close()
+        args.workers = args.workers or len(devices)
+        if torchrun:
+            broadcast(scorer.made_with())
+            scorer.train = partial(train_in_ranks, scorer)
+        elif args.workers > 1:
+            context = multiprocessing.get_context("spawn")
+            queue = context.SimpleQueue()
+            for rank in range(args.workers):
+                queue.put(devices[rank % len(devices)])
+            pool = ProcessPoolExecutor(args.workers, context, start_worker, (options, queue))
+            scorer.train = partial(train_in_pool, pool)
+        result = MODES[args.mode](scorer, args)
+    except KeyboardInterrupt:
+        fail(130, f"interrupted{kept}")
+    except BrokenExecutor:
+        fail(1, f"error: a worker died{kept}")
+    except (OSError, ValueError) as error:
+        wrong = str(error) or repr(error)
+    finally:
+        if pool:
+            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)  # after Ctrl-C no worker is waited for
+    if torchrun:
+        broadcast()
+    if wrong:
+        fail(2, f"error: {wrong}")
+    if args.json:
+        about = {"mode": args.mode, "space": args.space, "task": args.task or scorer.own_task, **result}
+        print(json.dumps(about | {"preset": args.preset, "images": scorer.images_name,
+                                  "seconds": round(time.perf_counter() - clock, 3)}))
 
 
 if __name__ == "__main__":

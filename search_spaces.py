@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# ---------------------------------------------------------------------------------------------- computation graphs
+# ----------------------------------------------------------------------------------------- computation graphs
 class Vertex(NamedTuple):
     """A vertex of a computation graph: an operation on the sum of the vertices at `inputs`, earlier in the list."""
     op: str
@@ -72,7 +72,7 @@ def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor]) -> lis
     return maps
 
 
-# ------------------------------------------------------------------------------------------------------- operations
+# ------------------------------------------------------------------------------------------------- operations
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """Make a convolution without bias that keeps the map's size but for the stride."""
     return nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel - 1) // 2, dilation, groups, bias=False)
@@ -140,7 +140,7 @@ OPS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> constructor(chann
 }
 
 
-# --------------------------------------------------------------------------------------------- what all spaces share
+# -------------------------------------------------------------------------------------- what all spaces share
 class SearchSpace:
     """Mutation, reading and counting, for a space that has
 
@@ -277,7 +277,7 @@ def value_of(node: ast.expr) -> Any:
     raise ValueError(f"neither JSON nor Python: {ast.unparse(node)!r:.60}")
 
 
-# ---------------------------------------------------------------------------------------------------- NAS-Bench-201
+# ---------------------------------------------------------------------------------------------- NAS-Bench-201
 class NB201(SearchSpace):
     """NAS-Bench-201 (Dong and Yang, ICLR 2020): 15,625 cells of 4 nodes. An arch is the operations on a cell's EDGES.
     A stem, three stages of five cells; between stages a residual block halves the map and doubles the channels."""
@@ -376,7 +376,7 @@ class Nothing(nn.Module):
         return [x.new_zeros(len(x), self.width << i, x.shape[2] >> i, x.shape[3] >> i) for i in range(3)]
 
 
-# ---------------------------------------------------------------------------------------------------- NAS-Bench-101
+# ---------------------------------------------------------------------------------------------- NAS-Bench-101
 class NB101Cell(NamedTuple):
     matrix: tuple[tuple[int, ...], ...]  # upper-triangular adjacency
     ops: tuple[str, ...]  # of all vertices, the first "input", the last "output"
@@ -488,7 +488,7 @@ class NB101Block(nn.Module):
         return joined + self.projections[-1](x) if self.projections[-1] else joined
 
 
-# -------------------------------------------------------------------------------------------------- NAS-Bench-Macro
+# -------------------------------------------------------------------------------------------- NAS-Bench-Macro
 class NBMacro(SearchSpace):
     """NAS-Bench-Macro (Su et al., CVPR 2021): 6,561 networks of 8 layers. An arch is their digits: 0 identity, 1 and 2
     inverted residuals. Stages of 2, 3 and 3 layers; the first layer of each halves the map (not the first stage's when
@@ -544,7 +544,7 @@ class NBMacro(SearchSpace):
         return Sum(block, nn.Identity()) if stride == 1 and c_in == c_out else block
 
 
-# ---------------------------------------------------------------- NDS cell spaces: DARTS, ENAS, PNAS, NASNet, Amoeba
+# --------------------------------------------------------- NDS cell spaces: DARTS, ENAS, PNAS, NASNet, Amoeba
 class Genotype(NamedTuple):
     """Two cells, as in the code of DARTS; prints as the Python that rebuilds it. Nodes are numbered from 2 (0 and 1 are
     the two previous cells); a node is the sum of two (operation, input), at 2 i and 2 i + 1 of its cell's list."""
@@ -734,7 +734,7 @@ class TwoInputCell(nn.Module):
         return torch.cat([maps[j] for j in self.graph[-1].inputs], 1)
 
 
-# ----------------------------------------------------------------------- NDS residual spaces: ResNet, ResNeXt-A and -B
+# -------------------------------------------------------------- NDS residual spaces: ResNet, ResNeXt-A and -B
 class ResidualNet(NamedTuple):
     """An NDS net dict, one entry a stage; the first entry of each list is the stem's."""
     block_type: str
@@ -841,7 +841,7 @@ def residual_block(kind: str, c_in: int, c: int, stride: int, mid: int, groups: 
     return Sum(body, nn.Identity() if stride == 1 and c_in == c else conv_bn(c_in, c, 1, stride))
 
 
-# ---------------------------------------------------------------------------------------------------- NAS-Bench-NLP
+# ---------------------------------------------------------------------------------------------- NAS-Bench-NLP
 class Node(NamedTuple):
     name: str
     op: str
@@ -1037,7 +1037,7 @@ class RecurrentLayer(nn.Module):
         return torch.stack(outputs, 1) * mask[:, None]
 
 
-# ------------------------------------------------------------------------------------------------- names and labels
+# ------------------------------------------------------------------------------------------- names and labels
 SPACES: dict[str, Callable[..., SearchSpace]] = {
     "nb101": NB101, "nb201": NB201, "nbmacro": NBMacro, "nbnlp": NBNLP,
     **{kind + fix + end: partial(Cells, kind, fix == "-fix", end == "-in")
@@ -1080,7 +1080,7 @@ def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
     return labels
 
 
-# ------------------------------------------------------------------------------------------------- canonical graphs
+# ------------------------------------------------------------------------------------------- canonical graphs
 def canonical(graph: Graph, tries: int = 2000) -> Graph:
     """Return the same representative for all graphs that are `graph` up to the order of vertices and of summands.
 

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import redirect_stdout
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,8 @@ from torch.nn import functional as F
 
 import gennas
 import search_spaces
-from gennas import Noise, Record, Regression, RnnTask, Scorer, Settings, Signal, Stage, Task, Trained
+from gennas import (Noise, Record, Regression, RnnRegression, RnnTask, Scorer, Settings, Signal, Stage, Task, Trained,
+                    task_digest, task_from_json, task_to_json)
 from search_spaces import NB101, NB201, NBNLP, CellNet, Cells, Genotype, NB101Cell, NBMacro, Vertex
 
 torch.set_num_threads(1)
@@ -116,7 +118,7 @@ def timeless(stdout: str) -> dict[str, Any]:
     return {name: value for name, value in json.loads(stdout.splitlines()[-1]).items() if name != "seconds"}
 
 
-# ----------------------------------------------------------------------------------------------------- signal bases
+# ----------------------------------------------------------------------------------------------- signal bases
 @pytest.mark.parametrize("basis, waves", [
     (gennas.sin1d, [(f, 0) for f in FREQUENCIES] + [(0, f) for f in FREQUENCIES]),
     (gennas.sin2d, [(sign * f, g) for sign in (1, -1) for f in FREQUENCIES for g in FREQUENCIES])])
@@ -154,7 +156,7 @@ def test_resize():
     torch.testing.assert_close(gennas.resize(rng_of(2), (16, 7, 8, 8), images()), expected, atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------- task
+# ------------------------------------------------------------------------------------------------------- task
 def test_targets_are_sums_of_signals_that_do_not_depend_on_each_other():
     own, shared = Signal("sin1d", 0.5, True, FREQUENCIES), Signal("dot", 2.0, False, density=0.5)
     both, first, none = make_task((own, shared), (own,), ()).draw(images(), 4)
@@ -171,15 +173,15 @@ def test_targets_are_sums_of_signals_that_do_not_depend_on_each_other():
 def test_tasks_read_back_what_they_write():
     """And whatever the order of fields and the weights, equal signals have equal digests."""
     for name, known in gennas.TASKS.items():
-        assert gennas.task_from_json(known.to_json()) == known == gennas.read_task(name), name
+        assert task_from_json(task_to_json(known)) == known == gennas.read_task(name), name
         assert all(target.isfinite().all() and target.std() > 0 for target in known.draw(images(), 0)), name
     weighted = replace(SMALL_TASK, weights={"log params": -1.0, "log loss": 2.0})
-    assert gennas.task_from_json(weighted.to_json()) == weighted != SMALL_TASK
-    data = json.loads(weighted.to_json().replace("1.0", "1").replace("2.0", "2"))
+    assert task_from_json(task_to_json(weighted)) == weighted != SMALL_TASK
+    data = json.loads(task_to_json(weighted).replace("1.0", "1").replace("2.0", "2"))
     data["stages"][0]["signals"][0] = dict(reversed(data["stages"][0]["signals"][0].items()))
-    other = gennas.task_from_json(json.dumps(dict(reversed(data.items()))))
-    assert other == weighted and other.digest() == SMALL_TASK.digest()
-    assert replace(SMALL_TASK, noise=Noise("uniform", 0.2)).digest() != other.digest()
+    other = task_from_json(json.dumps(dict(reversed(data.items()))))
+    assert other == weighted and task_digest(other) == task_digest(SMALL_TASK)
+    assert task_digest(replace(SMALL_TASK, noise=Noise("uniform", 0.2))) != task_digest(other)
 
 
 @pytest.mark.parametrize("place, value", [
@@ -194,14 +196,14 @@ def test_tasks_read_back_what_they_write():
     *[(".weights", value) for value in ({"loss": 1.0}, {"log loss": math.inf}, [1])],
 ], ids=lambda value: str(value)[:40])
 def test_a_task_with_something_wrong(place, value):
-    data = {"task": json.loads(SMALL_TASK.to_json())}
+    data = {"task": json.loads(task_to_json(SMALL_TASK))}
     *path, name = [int(step) if step.isdecimal() else step for step in f"task{place}".split(".")]
     functools.reduce(lambda part, step: part[step], path, data)[name] = value
     with pytest.raises(ValueError, match="^task: .{,240}$"):
-        gennas.task_from_json(json.dumps(data["task"]))
+        task_from_json(json.dumps(data["task"]))
 
 
-# ----------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 def test_synthetic_images():
     a = images()
     assert a.shape == (16, 3, 32, 32) and torch.equal(a, images()) and not torch.equal(a, images(seed=1))
@@ -229,14 +231,16 @@ def test_images_from_files(tmp_path):
     assert mine(parse(RICH)) != scores_of(RICH) and mine.made_with()["images"].startswith("sha256 ")
 
 
-# ------------------------------------------------------------------------------------------------------- regression
+# ------------------------------------------------------------------------------------------------- regression
 class Linear:
     """A space whose taps are a 1x1 convolution of the image at three sides, to check the training by hand; the taps of
-    "bad" are infinite, those of "constant" constant."""
+    "bad" are infinite, those of "constant" constant; "fails" cannot be built."""
     name, key, format = "linear", *[staticmethod(lambda arch: arch)] * 2
     sides, width = (32, 16, 8), 2
 
     def build(self, arch):
+        if arch == "fails":
+            raise ValueError("cannot be built")
         body = nn.Conv2d(3, self.width, 1)
         nn.init.constant_(body.bias, math.inf if arch == "bad" else 0)
         if arch == "constant":
@@ -277,19 +281,53 @@ def scores_of(*texts: str, seed: int = 0) -> list[float]:
     return Scorer(TINY, steps=2, seed=seed)(parse(*texts))
 
 
-def test_score_is_pure():
-    """Independent of order and of the global generators, which it leaves alone."""
-    def state() -> tuple:
-        return torch.get_num_threads(), torch.backends.cudnn.deterministic, torch.get_rng_state().tolist()
+def state_of_torch() -> tuple:
+    return (torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
+            torch.get_float32_matmul_precision(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
+            torch.backends.cudnn.deterministic, torch.get_rng_state().tolist())
 
+
+def test_score_is_pure():
+    """It depends neither on the order nor on the state of the global generators."""
     other = "[[4],[2,3],[0,1,3]]"
     torch.manual_seed(1)
-    before = state()
     a, b = scores_of(RICH, other)
-    assert state() == before
     torch.manual_seed(2)
     assert scores_of(other, RICH) == [b, a] and a != b
     assert scores_of(RICH, seed=1) != [a]
+
+
+@contextmanager
+def global_setting(change, value, old):
+    change(value)
+    try:
+        yield
+    finally:
+        change(old)
+
+
+@pytest.mark.parametrize("caller", [
+    torch.inference_mode, torch.no_grad, functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+    *[functools.partial(global_setting, torch.set_default_dtype, dtype, torch.float32)
+      for dtype in (torch.float64, torch.bfloat16)],
+    functools.partial(global_setting, torch.set_default_device, "meta", None),
+    functools.partial(global_setting, torch.set_num_threads, 4, 1),
+    functools.partial(global_setting, torch.set_float32_matmul_precision, "medium", "highest"),
+], ids=["inference mode", "no_grad", "autocast", "float64", "bfloat16", "meta", "4 threads", "medium precision"])
+def test_what_the_caller_has_set_changes_no_score(caller):
+    """It is put back, and the scorer that was made meanwhile can be used afterwards."""
+    space, archs = NB201(cells=1), parse(RICH, "[[3],[3,2],[1,4,3]]")
+    expected = Scorer(space, steps=1)(archs)
+    with caller():
+        before, scorer = state_of_torch(), Scorer(space, steps=1)
+        scores = scorer(archs[:1])
+        assert state_of_torch() == before
+    assert scores + scorer(archs[1:]) == expected
+
+
+def test_threads_take_turns():
+    with ThreadPoolExecutor(4) as pool:
+        assert len({*map(tuple, pool.map(lambda _: scores_of(RICH), range(8)))}) == 1
 
 
 @pytest.mark.parametrize("n, c", [(40, 7), (12, 30), (9, 9), (16, 1)])
@@ -321,10 +359,11 @@ def test_solved_heads_of_a_network(side, arch, width):
     assert trained.loss == pytest.approx(expected, rel=1e-4) and [len(curve) for curve in trained.losses] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("space, task", [(TINY, SMALL_TASK), (NBNLP((8, 9, 9, 8), True), SMALL_RNN_TASK)])
-def test_solved_heads_train_the_network(space, task):
+@pytest.mark.parametrize("kind, space, task", [
+    (Regression, TINY, SMALL_TASK), (RnnRegression, NBNLP((8, 9, 9, 8), True), SMALL_RNN_TASK)])
+def test_solved_heads_train_the_network(kind, space, task):
     task, settings = replace(task, noise=Noise("uniform", 0)), Settings(20, ridge=0.1, rnn_learning_rate=0.005)
-    trained = Regression(task, images(), settings)(space, space.random(random.Random(4)))
+    trained = kind(task, images(), settings)(space, space.random(random.Random(4)))
     first, *_, last, _ = np.sum(trained.losses, axis=0)
     assert last < 0.995 * first
 
@@ -350,7 +389,7 @@ def test_no_step_waits_for_the_device():
         assert calls[0] == calls[1]  # of each step none
 
 
-# ------------------------------------------------------------------------------------------------------------ score
+# ------------------------------------------------------------------------------------------------------ score
 def test_score_by_weights():
     trained = Trained(3.0, [[], [2.0, 4.0], [math.e, 5.0, 0.0]], 100)
     for weights, expected in [
@@ -376,20 +415,23 @@ def test_fit_weights():
     y = gennas.ranks(np.negative(values))
     y = (y - y.mean()) / y.std()
 
-    def fit(rows) -> np.ndarray:
-        return np.linalg.inv(x[rows].T @ x[rows] + np.diag([0, 20])) @ x[rows].T @ y[rows]
+    def fit(rows) -> tuple[np.ndarray, float]:
+        """Slopes and intercept of a ridge regression; the intercept bears no penalty."""
+        a, b = x[rows] - x[rows].mean(0), y[rows] - y[rows].mean()
+        slopes = np.linalg.inv(a.T @ a + np.diag([0, 20])) @ a.T @ b
+        return slopes, y[rows].mean() - x[rows].mean(0) @ slopes
 
     weights, rho = gennas.fit_weights(networks, values)
     assert list(weights) == ["log loss", "log loss 2 before"]  # the others are constant or absent
-    np.testing.assert_allclose(list(weights.values()), fit(slice(None)) / [1, 2], rtol=1e-3)
-    left_out = [-x[i] @ fit(np.arange(30) != i) for i in range(30)]
-    assert rho == pytest.approx(gennas.spearman(left_out, values), abs=0.002) and rho > 0.6
+    np.testing.assert_allclose(list(weights.values()), fit(slice(None))[0] / [1, 2], rtol=1e-3)
+    left_out = [-x[i] @ slopes - intercept for i in range(30) for slopes, intercept in [fit(np.arange(30) != i)]]
+    assert rho == pytest.approx(gennas.spearman(left_out, values)) and rho > 0.6
     diverged = [*networks, Trained(math.nan, [[], [math.nan] * 2], 7)]
     assert gennas.fit_weights(diverged, [*values, -99.0])[1] > gennas.fit_weights(diverged, [*values, 99.0])[1]
     assert math.isnan(gennas.fit_weights(networks[:2], values[:2])[1])
 
 
-# ------------------------------------------------------------------------------------------------- rank correlation
+# ------------------------------------------------------------------------------------------- rank correlation
 def test_rank_correlations_by_definition():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -412,7 +454,7 @@ def test_bootstrap_interval():
     assert all(map(math.isnan, gennas.spearman_interval(values[:9], values[:9])))  # which tell nothing of others
 
 
-# -------------------------------------------------------------------------------------------------------- evolution
+# -------------------------------------------------------------------------------------------------- evolution
 @pytest.mark.parametrize("batch, places, queues, found, sizes", [
     # 1 2 3: of 1, 2 the better is 2 -> 12; 2 3 12: of 2, 12: 12 -> 22; 3 12 22: of 12, 22: 22 -> 32; 12 22 32: 22 -> 32
     (1, [(0, 1), (0, 2), (1, 2), (0, 1)], [[1, 2, 3], [2, 3, 12], [3, 12, 22], [12, 22, 32]],
@@ -443,8 +485,9 @@ def test_finale_by_hand():
     assert best == [("D", 6), ("B", 7), ("a", math.inf)] and asked == [["B", "a", "D"]]
 
 
-@pytest.mark.parametrize("kind", [Task, RnnTask])
-def test_random_and_mutated_tasks(kind):
+@pytest.mark.parametrize("kind, draw, mutate", [
+    (Task, gennas.random_task, gennas.mutate_task), (RnnTask, gennas.random_rnn_task, gennas.mutate_rnn_task)])
+def test_random_and_mutated_tasks(kind, draw, mutate):
     """Draws are valid and read back; each field has the chances of the paper's task space; mutation redraws a fifth."""
     def fields(task: Any) -> list:
         """What a mutation draws again: noise, channels, of each part each basis."""
@@ -453,9 +496,9 @@ def test_random_and_mutated_tasks(kind):
                 *[part.get(basis) for part in parts for basis in gennas.BASES if kind is Task or basis != "resize"]]
 
     rng = random.Random(0)
-    tasks = [gennas.random_task(rng, kind) for _ in range(1000)]
-    children = [gennas.mutate_task(parent, rng) for parent in tasks]
-    assert all(gennas.task_from_json(task.to_json()) == task and type(task) is kind for task in tasks + children)
+    tasks = [draw(rng) for _ in range(1000)]
+    children = [mutate(parent, rng) for parent in tasks]
+    assert all(task_from_json(task_to_json(task)) == task and type(task) is kind for task in tasks + children)
     assert all(child != parent for child, parent in zip(children, tasks))
     for values, redrawn in zip(zip(*map(fields, tasks)), zip(*map(fields, children))):
         assert 110 < sum(old != new for old, new in zip(values, redrawn)) < 260  # equal ones may be drawn again
@@ -471,7 +514,7 @@ def test_random_and_mutated_tasks(kind):
         assert not f or 0.23 < sum(f) / len(f) < 0.27 and min(f) < 0.02 and max(f) > 0.48
 
 
-# ----------------------------------------------------------------------------------------------------------- scorer
+# ----------------------------------------------------------------------------------------------------- scorer
 def test_each_network_is_trained_once(monkeypatch):
     twin, same, other = parse("|none~0|+|nor_conv_3x3~0|none~1|+|none~0|none~1|skip_connect~2|",
                               "|nor_conv_3x3~0|+|none~0|none~1|+|none~0|skip_connect~1|none~2|", RICH)
@@ -489,6 +532,34 @@ def test_each_network_is_trained_once(monkeypatch):
     assert [trained.loss for trained in scorer.trained(other, combo)] == [5, 6] and scorer([]) == []
 
 
+def test_targets_are_drawn_once_for_a_task_and_a_seed(monkeypatch):
+    calls, draw = [], Regression.draw_tensors
+    monkeypatch.setattr(Regression, "draw_tensors", lambda self, images: calls.append(self.seed) or draw(self, images))
+    scorer = Scorer(TINY, steps=0, seeds=40)
+    for arch in parse(RICH, DEAD):
+        scorer([arch])
+    assert calls == [*range(40)]
+
+
+def test_what_is_trained_is_recorded_before_an_error_is_raised(monkeypatch):
+    """In a pool, and in ranks of torchrun; here threads and a stand-in for the ranks."""
+    monkeypatch.setattr(gennas, "distributed", SimpleNamespace(
+        get_rank=lambda: 0, get_world_size=lambda: 1, broadcast_object_list=lambda values: None,
+        gather_object=lambda share, shares: shares.append(share) or shares.pop(0)))
+
+    def work(item) -> gennas.Result:
+        time.sleep(0.2 * (item[2] == "good"))  # the other one fails before this one is done
+        return next(scorer.train_here([item]))
+
+    monkeypatch.setattr(gennas, "work", work)
+    for train, archs in ((functools.partial(gennas.train_in_pool, ThreadPoolExecutor(2)), ["fails", "good"]),
+                         (lambda items: gennas.train_in_ranks(scorer, items), ["good", "fails"])):
+        scorer, scorer.train = Scorer(Linear(), steps=0), train
+        with pytest.raises(ValueError, match="cannot be built"):
+            scorer(archs)
+        assert [key for *_, key in scorer.record.known] == ["good"]
+
+
 def test_weights_and_presets():
     """All weights of a preset hold for the family's own task and steps; else the loss and the size count."""
     assert all({*preset.weights} <= {*gennas.TERMS} for table in gennas.PRESETS.values() for preset in table.values())
@@ -499,6 +570,8 @@ def test_weights_and_presets():
     assert scorer.weights(replace(gennas.COMBO, weights={"log loss": 2.0})) == {"log loss": 2.0}
     scorer.settings = replace(scorer.settings, steps=3)
     assert scorer.weights(scorer.task) == size
+    Named = type("Named", (NB201,), {"name": "resnet"})  # a space of one's own, whatever its name
+    assert Scorer(Named()).preset == gennas.PRESETS["fast"][""]
 
 
 def test_a_diverged_network_is_the_last(tmp_path):
@@ -520,7 +593,7 @@ def test_devices(monkeypatch):
         gennas.find_devices("cuda:2")
 
 
-# ----------------------------------------------------------------------------------------------- record and workers
+# ----------------------------------------------------------------------------------------- record and workers
 SEARCH = ["--space", "nb201", "--steps", 1, "--population", 6, "--tournament", 2, "--cycles", 8, "--batch", 3, "--json"]
 
 
@@ -540,9 +613,9 @@ def test_record(run, result, refused, tmp_path):
     content = out.read_text()
     assert result(*command) == first and out.read_text() == content and len(recorded(out)) == 2
     task = tmp_path / "task.json"
-    task.write_text(replace(gennas.TASKS["nb101"], weights={"log params": 1.0}).to_json())
+    task.write_text(task_to_json(replace(gennas.TASKS["nb101"], weights={"log params": 1.0})))
     weighted = result(*command, "--task", task)["results"]
-    assert weighted[0]["loss"] == pytest.approx(math.log(sum(p.numel() for p in TINY.build(*parse(RICH)).parameters())))
+    assert weighted[0]["score"] == pytest.approx(math.log(sum(p.numel() for p in TINY.build(*parse(RICH)).parameters())))
     assert out.read_text() == content
     result(*command, "--seeds", 3)
     assert len(recorded(out)) == 6
@@ -629,7 +702,7 @@ def test_torchrun(tmp_path, undisturbed):
     assert process.returncode == 1 and stdout == "" and stderr.count("gennas: error: not a network of nb201") == 1
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 def plot_to(path: Path) -> tuple:
     """The words that ask for a plot, where there is what draws it."""
     return ("--plot", path) if importlib.util.find_spec("matplotlib") else ()
@@ -638,10 +711,10 @@ def plot_to(path: Path) -> tuple:
 def test_search(run, result, tmp_path):
     command = "--population", 4, "--tournament", 2, "--cycles", 4, "--batch", 2, *plot_to(tmp_path / "search.png")
     found = result(*command)
-    assert found.keys() == set("mode space task preset images arch loss params evaluated unique finalists".split())
+    assert found.keys() == set("mode space task preset images arch score params evaluated unique finalists".split())
     assert found["evaluated"] == 8 >= found["unique"] and result(*command) == found
     assert found["params"] == NB201().params(NB201().parse(found["arch"]))
-    assert result(*command, "--seed", 1)["loss"] != found["loss"]
+    assert result(*command, "--seed", 1)["score"] != found["score"]
     assert not plot_to(tmp_path) or (tmp_path / "search.png").stat().st_size > 5000
     lines = run(*command)[0].splitlines()
     assert found["arch"] == lines[0] and found["arch"] in lines[5] and len(lines) == 5 + found["unique"]
@@ -654,15 +727,15 @@ def test_finalists(result, tmp_path):
     found = result(*command, "--finalists", 3)
     finalists = found["finalists"]
     assert found["arch"] == finalists[0]["arch"] and finalists[0].items() <= found.items()
-    assert finalists == sorted(finalists, key=lambda finalist: finalist["loss"]) and len(finalists) == 3
+    assert finalists == sorted(finalists, key=lambda finalist: finalist["score"]) and len(finalists) == 3
     again = result("--mode", "score", *[one["arch"] for one in finalists], "--steps", 1, "--seed", 2, "--seeds", 2)
-    assert [one["loss"] for one in again["results"]] == [one["loss"] for one in finalists]
+    assert [one["score"] for one in again["results"]] == [one["score"] for one in finalists]
 
     seeds = Counter(seed for _, seed, _ in recorded(out))
     assert seeds == {0: found["unique"], 1: found["unique"], 2: 3, 3: 3}
     plain, archs = result(*command, "--finalists", 0), {json.loads(line)["arch"] for line in open(out).readlines()[1:]}
     scored = result("--mode", "score", *archs, "--steps", 1, "--seeds", 2)["results"]
-    assert plain["loss"] == min(one["loss"] for one in scored) and plain["finalists"] == []
+    assert plain["score"] == min(one["score"] for one in scored) and plain["finalists"] == []
     assert len(result(*command)["finalists"]) == min(10, found["unique"])
 
 
@@ -684,7 +757,7 @@ def test_score_from_stdin(result, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{RICH}\n\n[[3],[2,4],[1,3,2]]\n{DEAD}"))
     first, second, third = result("--mode", "score", "-", *plot_to(tmp_path / "losses.png"))["results"]
     assert first["arch"] == second["arch"] == RICH and first == second != third
-    assert first.keys() == {"arch", "loss", "params", "seconds"} and third["params"] == NB201().params(*parse(DEAD))
+    assert first.keys() == {"arch", "score", "params", "seconds"} and third["params"] == NB201().params(*parse(DEAD))
 
 
 def test_correlate(result, refused, tmp_path, monkeypatch):
@@ -716,7 +789,7 @@ def test_search_task(run, result, tmp_path):
                    *plot_to(tmp_path / "x.png"))
     seen, tasks = {TINY.key(arch) for arch in archs[:12]}, {task for task, *_ in recorded(out)}
     assert found["evaluated"] == 7 == len(tasks) and found["n"] == len(seen)
-    assert tasks > {task.digest() for task in gennas.TASKS.values() if isinstance(task, Task)}
+    assert tasks > {task_digest(task) for task in gennas.TASKS.values() if isinstance(task, Task)}
 
     unseen = [[TINY.format(arch), 13 + i] for i, arch in enumerate(archs) if TINY.key(arch) not in seen]
     for name, content in {"task": found["task"], "rest": unseen}.items():
@@ -727,20 +800,20 @@ def test_search_task(run, result, tmp_path):
 
     command += "--task", "combo", "--cycles", 0
     fitted = result(*command)
-    task = gennas.task_from_json(run(*command, "--quiet")[0])  # stdout is the file of a task
-    assert json.loads(task.to_json()) == fitted["task"] and fitted["evaluated"] == 1
-    assert task.digest() == gennas.COMBO.digest()
+    task = task_from_json(run(*command, "--quiet")[0])  # stdout is the file of a task
+    assert json.loads(task_to_json(task)) == fitted["task"] and fitted["evaluated"] == 1
+    assert task_digest(task) == task_digest(gennas.COMBO)
 
     steps = "--steps", gennas.PRESETS["fast"]["nb201"].settings.steps  # the preset's weights hold: none beats them here
     scored = result("--mode", "score", *map(TINY.format, archs[:8]), *steps)["results"]
-    labels.write_text(json.dumps([[one["arch"], -one["loss"]] for one in scored]))
+    labels.write_text(json.dumps([[one["arch"], -one["score"]] for one in scored]))
     kept = result("--mode", "search-task", "--labels", labels, "--task", "nb101", "--cycles", 0, *steps)
     assert kept["spearman"] == pytest.approx(1) and "weights" not in kept["task"]
 
 
 def test_show(run, tmp_path):
     stdout, stderr = run("--mode", "show", "--task", "darts", *plot_to(tmp_path / "task.png"))
-    assert gennas.task_from_json(stdout) == gennas.TASKS["darts"]
+    assert task_from_json(stdout) == gennas.TASKS["darts"]
     assert "gennas: score = +1 log loss -0.07 log params; the weights were chosen on labels\n" in stderr
     assert not plot_to(tmp_path) or (tmp_path / "task.png").stat().st_size > 5000
 
@@ -752,9 +825,10 @@ def wrong_files(tmp_path_factory) -> Path:
             ("named", "class Plain", "class Fancy"), ("tasked", "class Plain:", "class Plain:\n    task = 'guess'"),
             ("short", "conv_bn_relu(16, 32, second, 2), conv_bn_relu(32, 64, third, 2)", ""),
             ("alone", "i = rng.randrange(3)", "raise ValueError('no neighbour')"),
+            ("silent", "i = rng.randrange(3)", "raise ValueError"),
             ("infinite", "Stages(", "Stages(nn.Threshold(1e9, float('inf')), ")]:
         (folder / f"{name}.py").write_text(PLAIN.replace(right, wrong))
-    for name, content in {"text.json": "words", "text.npz": "words", "task.json": SMALL_TASK.to_json().replace(
+    for name, content in {"text.json": "words", "text.npz": "words", "task.json": task_to_json(SMALL_TASK).replace(
             "0.1", "99", 1), "other.json": json.dumps([[RICH, 1], ["21012", 2]])}.items():
         (folder / name).write_text(content)
     noise = np.random.default_rng(0).random((20, 32, 32, 3))
@@ -785,6 +859,7 @@ def wrong_files(tmp_path_factory) -> Path:
     ("--space named.py:Plain", ["no 'Plain' in"]), ("--space tasked.py:Plain", ["guess"]), ("--out .", ["directory"]),
     ("--space short.py:Plain --quiet", ["feature maps: expected 3, not 1"]),
     ("--space alone.py:Plain --population 8 --quiet", ["no neighbour"]),
+    ("--space silent.py:Plain --population 8 --quiet --json", ["error: ValueError()"]),
     ("--plot absent/x.png", ["absent/x.png", "No such file"]), ("--plot x.docx", ["docx", "png"]),
     ("--plot x.svg --out x.svg", ["x.svg", "another than --out"]),
 ], ids=str)
@@ -800,7 +875,7 @@ def test_plot_without_matplotlib(refused, monkeypatch):
     refused(["pip install matplotlib"], "--mode", "show", "--plot", "x.png")
 
 
-# --------------------------------------------------------------------------- search spaces: what their tests share
+# ---------------------------------------------------------------------- search spaces: what their tests share
 norm = functools.partial(F.batch_norm, running_mean=None, running_var=None, training=True)  # a fresh one in training
 average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
@@ -845,7 +920,7 @@ MATRIX, CELL_OPS = [[0, 1, 1], [0, 0, 1], [0, 0, 0]], ["input", "maxpool3x3", "o
 FULL = [[int(j > i) for j in range(7)] for i in range(7)]
 
 
-# -------------------------------------------------------------------------------------------------- every space
+# ------------------------------------------------------------------------------------------------ every space
 @pytest.mark.parametrize("name", search_spaces.SPACES)
 def test_every_space(name):
     """Round trip, mutation; of a small one three taps at 32, 16 and 8, or a sequence; two steps of a regression."""
@@ -864,7 +939,8 @@ def test_every_space(name):
     x = torch.randn(2, 5, 6) if recurrent else torch.randn(2, 3, 32, 32)
     outputs, sides = space.build(arch)(x), [16, 8, 4] if name == "resnet-in" else [32, 16, 8]  # the last three stages'
     assert outputs.shape == x.shape if recurrent else [tap.shape[2:] for tap in outputs] == [(n, n) for n in sides]
-    regression = Regression(*((SMALL_RNN_TASK, None) if recurrent else (SMALL_TASK, images())), Settings(2))
+    kind, task = (RnnRegression, SMALL_RNN_TASK) if recurrent else (Regression, SMALL_TASK)
+    regression = kind(task, images(), Settings(2))
     trained = regression(space, arch)
     assert [len(curve) for curve in trained.losses] == [3] * (1 if recurrent else 3)
     assert np.isfinite(trained.losses).all() and trained == regression(space, arch) and trained.params > 0
@@ -949,7 +1025,7 @@ def test_canonical_graph_is_independent_of_the_order():
         search_spaces.canonical((Vertex("input"), *chains, Vertex("output", tuple(range(9, 17)))))
 
 
-# ---------------------------------------------------------------------------------------------------- NAS-Bench-201
+# ---------------------------------------------------------------------------------------------- NAS-Bench-201
 def test_nb201_counts_and_equal_keys():
     """As many networks as isomorphism classes; equal keys have equal losses; torch counts convolutions and the linear
     layer, a multiply-add as two, and in all 15 cells width times side is 16 * 32."""
@@ -988,7 +1064,7 @@ def test_nb201_network_against_its_definition():
             assert_close(tap, x)
 
 
-# --------------------------------------------------------------------------- NAS-Bench-101, -Macro and the NDS spaces
+# ------------------------------------------------------------------- NAS-Bench-101, -Macro and the NDS spaces
 def test_nb101_counts():
     """All cells of 2 to 5 vertices that use all of them: as many differ as NAS-Bench-101 itself counts."""
     space, counts = NB101(), []
@@ -1117,7 +1193,7 @@ def test_taps_of_all_blocks(name):
     assert last.params(arch) == every.params(arch) and last.flops(arch) == every.flops(arch)
 
 
-# ---------------------------------------------------------------------------------------------------- NAS-Bench-NLP
+# ---------------------------------------------------------------------------------------------- NAS-Bench-NLP
 def test_recipe_keys():
     text, key = json.dumps(RECIPE), NBNLP().key(parsed(NBNLP(), RECIPE))
     dead = RECIPE | recipe(h_new_2="activation_sigm node_5", node_5="linear x h_prev_2")
@@ -1165,7 +1241,7 @@ def test_dropout_and_reservoir():
     assert [layer.drop for layer in NBNLP().build(parsed(NBNLP(), RECIPE))] == [0.25, 0.25, 0.1]
 
 
-# -------------------------------------------------------------------------------------------- counts and labels
+# ------------------------------------------------------------------------------------------ counts and labels
 @pytest.mark.parametrize("name, arch, params", [
     ("nb101", [[[0, 1, 0, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0] * 5],
                ["input", "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3", "output"]], 12_088_970),
@@ -1216,19 +1292,19 @@ def test_labels_files(tmp_path):
 @needs_shared
 def test_tasks_and_labels_as_recorded():
     authors = json.loads((SHARED / "published_tasks.json").read_text())
-    assert {name: json.loads(task.to_json()) for name, task in gennas.TASKS.items()} == authors
+    assert {name: json.loads(task_to_json(task)) for name, task in gennas.TASKS.items()} == authors
     recorded = dict(search_spaces.load_labels(NB201(), SHARED / "labels" / "nb201_cifar10.json")[:600])
     assert all(recorded[arch] == value for arch, value in NB201().labels)
     assert sorted(value for _, value in NB201().labels) == sorted(recorded.values())[15::30]
 
 
-# ----------------------------------------------------------------------------------------------------- README, copies
+# --------------------------------------------------------------------------------------------- README, copies
 def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
 
 
 COMMANDS = [command.replace("$seed", "0") for command in re.findall(
-    r"python (gennas\.py.*?)(?= +#| > | \| |;|$)", "\n".join(readme_blocks("sh")), re.M)]
+    r"python (gennas\.py.*?)(?= +#| > | \| |;|$)", "\n".join([*readme_blocks("sh"), gennas.__doc__]), re.M)]
 PLAIN, = [block for block in readme_blocks("python") if "class Plain" in block]  # a space of one's own
 
 
@@ -1250,6 +1326,33 @@ print(len(gennas.Scorer(Space(), steps=2)([4, 5])))""", "2\n")):
         code = f"import random, sys, torch\nbefore = {state}\nimport {name}\nassert {state} == before{code}"
         process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / name, capture_output=True, text=True)
         assert (process.stdout, process.stderr) == (printed, "")
+
+
+def test_the_core_alone(tmp_path, monkeypatch):
+    """The lines above the banner need none of those below: they score two cells and search among ten."""
+    core, banner, _ = (HERE / "gennas.py").read_text().partition("# =====")
+    (tmp_path / "core.py").write_text(core)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "core", None)  # which is forgotten afterwards
+    del sys.modules["core"]
+    core = importlib.import_module("core")
+    scores = {}
+    for ridge in (None, 1.0):
+        settings = core.Settings(steps=2, side=16, ridge=ridge)
+        regression = core.Regression(core.COMBO, core.synthetic_images(0, 16), settings)
+        scores[ridge] = [core.score({"log loss": 1}, regression(TINY, arch)) for arch in parse(RICH, DEAD)]
+        theirs = Regression(gennas.COMBO, images(), Settings(**vars(settings)))
+        assert scores[ridge] == [math.log(theirs(TINY, arch).loss + 1e-9) for arch in parse(RICH, DEAD)]
+
+    def evaluate(archs) -> list[float]:
+        return [core.score({"log loss": 1}, regression(TINY, arch)) for arch in archs]
+
+    history, best = core.search_architecture(TINY.random, TINY.mutate, TINY.key, evaluate, evaluate, random.Random(0), 3,
+                                             population=5, tournament=2, cycles=5)
+    assert len(history) == 10 and best == sorted(core.distinct(history, TINY.key), key=lambda pair: pair[1])[:3]
+    tasks = core.search_task([core.COMBO], lambda task: len(task.stages[0].signals), random.Random(0), population=3,
+                             tournament=2, cycles=2)
+    assert banner and len(tasks) == 5 and tasks[0] == (core.COMBO, -3)
 
 
 def test_readme_space(tmp_path):
@@ -1317,7 +1420,7 @@ def test_readme_commands(run, tmp_path, monkeypatch, command):
         pytest.importorskip("matplotlib")
     for file in ("nb201.json", "unseen.json"):
         labels_file(Path(file), NB201(), ARCHS[::1302])
-    Path("my_task.json").write_text(SMALL_TASK.to_json())
+    Path("my_task.json").write_text(task_to_json(SMALL_TASK))
     Path("my_space.py").write_text(PLAIN)
     Path("figures").mkdir()
     np.save("my_images.npy", np.random.default_rng(0).random((16, 32, 32, 3)))
