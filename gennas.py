@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GenNAS: score a neural architecture without labels, by how well it regresses synthetic signals after a few steps.
+"""GenNAS: score a neural architecture without labels, by how well it learns to regress synthetic signals.
 
     python gennas.py --space nb201                                      # search for a good cell
     python gennas.py --space nb201 --mode score "[[3],[3,2],[1,4,3]]"   # score one cell; a lower score is better
@@ -7,18 +7,22 @@
     python gennas.py --space nb201 --mode show --preset paper           # print a task and the formula of the score
 
 Li, Hao, Li, Xiong, Chen: Generic Neural Architecture Search via Regression (NeurIPS 2021, arXiv 2108.01899). The
-default, `--preset fast`, is not the paper's setting, and its constants were chosen on labels (see PRESETS);
-`--preset paper` is the paper's setting.
+default, `--preset fast`, is not the paper's setting. A score needs no labels, but the constants of the default were
+chosen on labels (see PRESETS). `--preset paper` is the paper's setting.
 
-1. A task sets a target for each of a network's three stages: a sum of synthetic signals.
+1. A task defines a target for each of the three stages of a network. Each target is a sum of synthetic signals.
 2. The network is trained for a few steps to regress the targets from one batch of images.
-3. The log of its loss is its score. The lower the score, the better the architecture.
-4. Regularized evolution searches for the architecture with the best score, or for the task that ranks labels best.
+3. The log of the final loss is the score; the default adds other terms. Lower is better.
+4. Regularized evolution searches for the architecture with the best score, or for a task that ranks better.
 
-Begin with `Regression.__call__`: it takes one network from its construction to its losses. The lines above the banner
-are the core: the whole method for convolutional networks, in the order in which it runs. They work when they are
-copied alone. The lines below the banner serve the core: rank correlation, presets, recurrent networks, the authors'
-tasks, `Scorer` (the way in from Python), the record of a run, workers, pictures, modes and the command line.
+Begin with `Regression.__call__`, which takes one network from its construction to its losses. The lines above the
+banner are the core: the method for convolutional networks. They can be copied and used alone:
+
+    regression = Regression(COMBO, synthetic_images(seed=0, batch=16))
+    print(score({"log loss": 1}, regression(space, arch)))
+
+The lines below the banner serve the core: rank correlation, presets, recurrent networks, the authors' tasks, `Scorer`
+(the class to use from Python), the record of a run, workers, pictures, modes and the command line.
 """
 from __future__ import annotations
 
@@ -40,94 +44,96 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one training. The defaults are the paper's."""
-    steps: int = 100  # training steps; with 0 the untrained network is scored
-    learning_rate: float = 0.1  # of SGD, constant
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 4e-5  # of SGD, on parameters of more than one dimension
-    rnn_learning_rate: float = 1e-3  # of Adam, which trains recurrent networks
-    rnn_weight_decay: float = 1.2e-6  # of Adam, on all parameters
-    stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # of the stages in the loss; a stage of weight 0 is left out
+    """The settings of a training. The defaults are the paper's."""
+    steps: int = 100  # number of training steps; with 0 the untrained network is scored
+    learning_rate: float = 0.1  # learning rate of SGD, which stays constant
+    momentum: float = 0.9  # momentum of SGD
+    weight_decay: float = 4e-5  # weight decay of SGD; biases and batch norms have none
+    rnn_learning_rate: float = 1e-3  # learning rate of Adam, which trains recurrent networks
+    rnn_weight_decay: float = 1.2e-6  # weight decay of Adam, on all parameters
+    stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # weights of the stages' losses; a stage of weight 0 is skipped
     batch: int = 16  # number of images, or of sequences
     side: int = 32  # height and width of the images, in pixels
     size: int = 8  # height and width of the targets, in pixels; or length of the sequences, in time steps
-    ridge: float | None = None  # ridge penalty of solved heads; None: the heads are trained with the network
+    ridge: float | None = None  # None: the heads are trained; a number: they are solved for, with this ridge penalty
 
 
 # ---------------------------------------------------------------------------------- signal bases (paper, 3.2)
-# A basis draws C maps for each of B images: a tensor (B, C, H, W). All its random numbers come from `rng`, a generator
-# on the CPU, so that the signals are equal on all devices. Positions y and x count from 1.
+# A basis draws C maps for each of B images: a tensor (B, C, H, W). All its random numbers come from `rng`, a
+# generator on the CPU, so that the signals are equal on all devices. Positions y and x count from 1.
 Shape = tuple[int, int, int, int]  # B, C, H, W
 
 
 def sin1d(rng: torch.Generator, shape: Shape, frequencies: Iterable[float]) -> Tensor:
-    """Draw waves sin(2 pi f y + phi) and sin(2 pi f x + phi). A frequency f is in cycles per position."""
+    """Draw waves along y, sin(2 pi f y + phi), or along x. A frequency f is in cycles per position."""
     f = torch.tensor(tuple(frequencies))
     return sinusoids(rng, shape, torch.cat([f, 0 * f]), torch.cat([0 * f, f]))
 
 
 def sin2d(rng: torch.Generator, shape: Shape, frequencies: Iterable[float]) -> Tensor:
-    """Draw waves sin(2 pi (f y + g x) + phi) and sin(2 pi (-f y + g x) + phi), for all ordered pairs f, g."""
-    f, g = torch.cartesian_prod(*[torch.tensor(tuple(frequencies))] * 2).T
+    """Draw waves sin(2 pi (f y + g x) + phi) or sin(2 pi (-f y + g x) + phi), f, g being any two frequencies."""
+    f = torch.tensor(tuple(frequencies))
+    f, g = torch.cartesian_prod(f, f).T
     return sinusoids(rng, shape, torch.cat([f, -f]), torch.cat([g, g]))
 
 
 def sinusoids(rng: torch.Generator, shape: Shape, fy: Tensor, fx: Tensor, copies: int = 32) -> Tensor:
-    """Draw maps sin(2 pi (fy y + fx x) + phi), phi uniform in (0, 2 pi), from 32 copies of each wave (fy, fx).
+    """Draw maps sin(2 pi (fy y + fx x) + phi) from a pool that has each wave (fy, fx) 32 times, without replacement.
 
-    An image gets no copy twice. The authors draw half of the maps as cosines; with such a phase these are sines too.
+    The authors make half of the maps cosines; since phi is uniform in (0, 2 pi), these are sines, too.
     """
     B, C, H, W = shape
-    maps = torch.rand(B, len(fy) * copies, generator=rng).topk(C).indices  # (B, C)
-    wave = (maps // copies)[..., None, None]  # (B, C, 1, 1)
+    drawn = torch.rand(B, len(fy) * copies, generator=rng).topk(C).indices  # (B, C), places in the pool
+    wave = (drawn // copies)[..., None, None]  # (B, C, 1, 1)
     phase = 2 * math.pi * torch.rand(B, C, 1, 1, generator=rng)
     y, x = torch.arange(1, H + 1)[:, None], torch.arange(1, W + 1)
     return torch.sin(2 * math.pi * (fy[wave] * y + fx[wave] * x) + phase)
 
 
 def dot(rng: torch.Generator, shape: Shape, density: float, least: int = 0) -> Tensor:
-    """Set floor(density H W) random positions of each map, at least `least`, to +1 or -1. The others are 0."""
+    """Set max(least, floor(density H W)) random positions of each map to +1 or -1, and the others to 0."""
     B, C, H, W = shape
     dots = max(least, math.floor(density * H * W))
-    order = torch.rand(B, C, H * W, generator=rng).argsort(-1)
+    order = torch.rand(B, C, H * W, generator=rng).argsort(-1)  # random permutations
     signs = 2 * torch.randint(0, 2, (B, C, H * W), generator=rng) - 1
     return torch.where(order < dots, signs, 0).float().view(shape)
 
 
 def gdot(rng: torch.Generator, shape: Shape, density: float) -> Tensor:
-    """Smooth dots by a gaussian of sigma 1, and divide each map by its largest absolute value."""
+    """Smooth dots (at least one) with a gaussian of sigma 1, and divide each map by its largest absolute value."""
     smooth = blur_matrix(shape[2]) @ dot(rng, shape, density, least=1) @ blur_matrix(shape[3]).T
     return smooth / smooth.abs().amax((2, 3), keepdim=True)
 
 
 def blur_matrix(size: int, radius: int = 4) -> Tensor:
-    """Return the matrix (size, size) of a convolution with a gaussian cut at `radius`; the border is mirrored."""
+    """Return the matrix (size, size) of a convolution with a gaussian of sigma 1. The border is mirrored."""
     gaussian = np.exp(-np.arange(-radius, radius + 1) ** 2 / 2)
-    mirrored = np.pad(np.eye(size), ((radius, radius), (0, 0)), mode="symmetric")
-    windows = np.lib.stride_tricks.sliding_window_view(mirrored, 2 * radius + 1, axis=0)
+    mirrored = np.pad(np.eye(size), ((radius, radius), (0, 0)), mode="symmetric")  # (size + 2 radius, size)
+    windows = np.lib.stride_tricks.sliding_window_view(mirrored, 2 * radius + 1, axis=0)  # (size, size, 2 radius + 1)
     return torch.from_numpy(windows @ (gaussian / gaussian.sum())).float()
 
 
 def resize(rng: torch.Generator, shape: Shape, images: Tensor) -> Tensor:
-    """Shrink the images (B, 3, h, w) to H x W and scale them to [-1, 1]. Each map is one of their colours, at random."""
+    """Shrink the images (B, 3, h, w) to H x W (nearest), scale the batch to [-1, 1], draw a colour for each map."""
     small = F.interpolate(images, size=shape[2:])
     low, high = small.aminmax()
-    return (2 * (small - low) / (high - low) - 1)[:, torch.randint(0, 3, (shape[1],), generator=rng)]
+    colours = torch.randint(0, 3, (shape[1],), generator=rng)  # (C,), the same for all images
+    return (2 * (small - low) / (high - low) - 1)[:, colours]
 
 
-# basis -> its function, and the fields that its signals have besides the level; the function is called with the first
+# basis -> its function, and the names of its fields in `Signal`; the function takes the value of the first
 BASES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "sin1d": (sin1d, ("frequencies", "per_sample")),
     "sin2d": (sin2d, ("frequencies", "per_sample")),
     "dot": (dot, ("density", "per_sample")),
     "gdot": (gdot, ("density", "per_sample")),
-    "resize": (resize, ()),  # is called with the images
+    "resize": (resize, ()),  # takes the images
 }
 
 
 # ------------------------------------------------------------------------------------------ task (paper, 3.3)
 def seed_of(*purpose: Any) -> int:
-    """Return a seed that depends on its purpose alone: not on the order of calls, the process or the machine."""
+    """Return a seed that is a hash of the purpose, equal in all processes and on all machines."""
     return int(hashlib.sha256(json.dumps(purpose).encode()).hexdigest()[:8], 16)
 
 
@@ -136,17 +142,17 @@ class Signal:
     """One summand of a target: `level` times the maps of a basis."""
     basis: str  # a name of BASES
     level: float  # 0 to 10
-    per_sample: bool | None = None  # whether each image has maps of its own; otherwise all images share theirs
-    frequencies: tuple[float, ...] | None = None  # of sin1d and sin2d: ten, above 0 and below 0.5 cycles per position
-    density: float | None = None  # of dot and gdot: the share of the positions that are dots, 0 to 1
+    per_sample: bool | None = None  # whether each image has its own maps or all share theirs; None only with resize
+    frequencies: tuple[float, ...] | None = None  # only with sin1d and sin2d: ten, above 0 and below 0.5
+    density: float | None = None  # only with dot and gdot: the share of positions that are dots, 0 to 1
 
-    def maps(self, shape: Shape, images: Tensor | None, target: str, seed: int) -> Tensor:
-        """Draw this signal's maps for the target of that name: (B, C, H, W), or (1, C, H, W) if all images share them.
-        The seed depends on the target's name and the basis, so that adding a signal changes no other signal's draw."""
-        rng = torch.Generator("cpu").manual_seed(seed_of(target, seed, self.basis))
+    def maps(self, shape: Shape, images: Tensor | None, name: str, seed: int) -> Tensor:
+        """Draw the maps (B, C, H, W), or (1, C, H, W) if all images share them, for the target of that name. The name,
+        the seed and the basis seed the generator, so that adding a signal does not change the others."""
+        rng = torch.Generator("cpu").manual_seed(seed_of(name, seed, self.basis))
         function, fields = BASES[self.basis]
-        shape = shape if self.per_sample else (1, *shape[1:])
-        return function(rng, shape, getattr(self, fields[0]) if fields else images)
+        argument = getattr(self, fields[0]) if fields else images
+        return function(rng, shape if self.per_sample else (1, *shape[1:]), argument)
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ class Noise:
 @dataclass(frozen=True)
 class Stage:
     """The target of one stage. Each of its channels is a sum of signals."""
-    channels: int  # 1 to 640, since sin1d has 640 maps
+    channels: int  # 1 to 640, as the pool of sin1d has 640 waves
     signals: tuple[Signal, ...]  # no basis twice
 
 
@@ -168,7 +174,7 @@ class Task:
     """A task: what a network must regress at the ends of its three stages, and the noise on its input."""
     noise: Noise
     stages: tuple[Stage, ...]
-    weights: dict[str, float] | None = None  # of the terms of a score, see `terms`; None: not part of the task
+    weights: dict[str, float] | None = None  # weights of the `score` that come with the task
 
     def parts(self, batch: int, size: int) -> dict[str, tuple[tuple[Signal, ...], Shape]]:
         """Return the signals and the shape of each target, by the target's name."""
@@ -176,7 +182,7 @@ class Task:
                 for number, stage in enumerate(self.stages, start=1)}
 
     def draw(self, images: Tensor | None, seed: int, batch: int = 16, size: int = 8) -> list[Tensor]:
-        """Draw the targets (B, channels, size, size). They depend on (task, images, seed) alone."""
+        """Draw the targets (batch, channels, size, size). They are the same for all architectures."""
         targets = []
         for name, (signals, shape) in self.parts(batch, size).items():
             maps = [signal.level * signal.maps(shape, images, name, seed) for signal in signals]
@@ -186,7 +192,7 @@ class Task:
 
 MEDIUM = (.125, .15, .175, .2, .225, .25, .275, .3, .325, .35)
 HIGH = (.375, .3875, .4, .4125, .425, .4375, .45, .4625, .475, .4875)
-COMBO = Task(Noise("gaussian", 0.0), (  # the task that the authors made by hand
+COMBO = Task(Noise("gaussian", 0.0), (  # an example: the task that the authors made by hand
     Stage(64, (Signal("sin1d", 1.0, True, HIGH), Signal("sin2d", 1.0, True, HIGH),
                Signal("dot", 1.0, True, density=1.0))),
     Stage(64, (Signal("sin1d", 1.0, True, HIGH), Signal("sin2d", 1.0, True, MEDIUM), Signal("resize", 1.0))),
@@ -195,13 +201,13 @@ COMBO = Task(Noise("gaussian", 0.0), (  # the task that the authors made by hand
 
 # ----------------------------------------------------------------------------------------------------- images
 def synthetic_images(seed: int, batch: int) -> Tensor:
-    """Draw images (B, 3, 32, 32): noise with the 1/f spectrum of natural images, most of it common to the colours."""
+    """Draw images (B, 3, 32, 32): noise with the 1/f spectrum of natural images. Not in the paper."""
     with isolated(), torch.device("cpu"):
         rng = torch.Generator("cpu").manual_seed(seed_of("images", seed))
         frequency = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)).clamp(min=1 / 32)
         spectrum = torch.fft.rfft2(torch.randn(batch, 4, 32, 32, generator=rng)) / frequency  # (B, 4, 32, 17)
-        maps = torch.fft.irfft2(spectrum)  # (B, 4, 32, 32): the common map, and one for each colour
-        return normalised(0.9 ** 0.5 * maps[:, :1] + 0.1 ** 0.5 * maps[:, 1:])  # the numbers are shares of variance
+        maps = torch.fft.irfft2(spectrum)  # (B, 4, 32, 32): one that the colours share, and one for each of them
+        return normalised(0.9 ** 0.5 * maps[:, :1] + 0.1 ** 0.5 * maps[:, 1:])  # .9 and .1 of the variance
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -211,21 +217,21 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def resized(images: Tensor, side: int) -> Tensor:
-    """Return the images (B, 3, H, W) as (B, 3, side, side): enlarged by nearest, shrunk without aliasing."""
+    """Return the images (B, 3, H, W) as (B, 3, side, side): nearest if enlarged, antialiased bilinear if shrunk."""
     shrink = side < max(images.shape[2:])
     return F.interpolate(images, size=side, mode="bilinear" if shrink else "nearest", antialias=shrink)
 
 
 # ------------------------------------------------------------------------------------ regression (paper, 3.1)
-LOCK = threading.RLock()
+LOCK = threading.RLock()  # held by the thread that is isolated
 
 
 @contextmanager
 def isolated(device: torch.device = torch.device("cpu")) -> Iterator[None]:
-    """Set everything global in PyTorch that a training depends on, and put back what was there.
+    """Set the global state of PyTorch that a training depends on, and put back what was there.
 
-    Inside, gradients are on, inference mode and autocast are off, float32 is the default dtype, in full precision, the
-    CPU has one thread, cuDNN is deterministic. The threads of a process take turns; processes run in parallel.
+    Inside, gradients are on, inference mode and autocast are off, the default dtype is float32, matrix products have
+    full precision, the CPU uses one thread, and cuDNN is deterministic. Only one thread of a process can be inside.
     """
     with (LOCK, torch.inference_mode(False),  # which turns gradients on, too
           torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
@@ -234,7 +240,7 @@ def isolated(device: torch.device = torch.device("cpu")) -> Iterator[None]:
         threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
         precision = torch.get_float32_matmul_precision()
         try:
-            torch.set_num_threads(1)  # small maps gain nothing from more, and sums depend on their number
+            torch.set_num_threads(1)  # more do not speed up small maps, and they would change the order of sums
             torch.set_default_dtype(torch.float32)
             torch.set_float32_matmul_precision("highest")
             yield
@@ -245,83 +251,81 @@ def isolated(device: torch.device = torch.device("cpu")) -> Iterator[None]:
 
 
 class Trained(NamedTuple):
-    """The result of one training."""
-    loss: float  # after the last step, the weighted sum over the stages; not finite if the network diverged
-    losses: list[list[float]]  # of each stage, steps + 1 losses: before each step, and in eval() mode after the last
+    """The result of a training."""
+    loss: float  # weighted sum of the stages' losses after the last step; not finite if the network diverged
+    losses: list[list[float]]  # of each stage: its loss before each step, and after the last step in eval() mode
     params: int  # number of parameters of the network that was trained, without heads
-    seconds: float = 0.0  # time that it took, if a `Scorer` measured it
+    seconds: float = 0.0  # duration of the training, if `Scorer` measured it
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return maps (B, C, H, W) as rows (B H W, C), one for each position, or sequences (B, T, C) as (B T, C)."""
+    """Return maps (B, C, H, W) as rows (B H W, C), one for each position, or sequences (B, T, D) as (B T, D)."""
     return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).flatten(0, -2)
 
 
 def ridge_loss(features: Tensor, target: Tensor, ridge: float) -> Tensor:
     """Return the mean squared error of the best linear head for these features, plus its ridge penalty.
 
-    That is the minimum over W of mean((F W - Y)^2) + ridge |W|^2 / T, for standardised features F (N, C) and a centred
-    target Y (N, T). W is (F'F + ridge N I)^-1 F'Y, or F'(FF' + ridge N I)^-1 Y, which is the same and smaller if C > N.
-    At the minimum, that W depends on F adds nothing to the gradient (Golub and Pereyra, 1973).
+    That is the minimum over W of mean((X W - Y)^2) + ridge |W|^2 / K. X are the features (N, C), standardised here, and
+    Y is the target (N, K), centred here. The best head is W = (X'X + ridge N I)^-1 X'Y = X'(XX' + ridge N I)^-1 Y; the
+    second form is used if C > N, as its system is smaller then. W minimises the loss, so the gradient can take it as a
+    constant (Golub and Pereyra, 1973). Not in the paper.
     """
     features = F.batch_norm(features, None, None, training=True)  # (N, C)
-    target = target - target.mean(0)  # (N, T)
+    target = target - target.mean(0)  # (N, K)
     n, channels = features.shape
     with torch.no_grad():
         wide = channels > n
         gram = features @ features.T if wide else features.T @ features  # (N, N) or (C, C)
         gram.diagonal().add_(ridge * n)
-        factor = torch.linalg.cholesky_ex(gram).L  # unlike `cholesky`, this does not make the host wait for a GPU
+        factor = torch.linalg.cholesky_ex(gram).L  # unlike `cholesky`, it does not make the host wait for a GPU
         head = torch.linalg.solve_triangular(factor, target if wide else features.T @ target, upper=False)
-        head = torch.linalg.solve_triangular(factor.T, head, upper=True)  # (N, T) or (C, T)
-        head = features.T @ head if wide else head  # (C, T)
+        head = torch.linalg.solve_triangular(factor.T, head, upper=True)  # (N, K) or (C, K)
+        head = features.T @ head if wide else head  # (C, K)
     return F.mse_loss(features @ head, target) + ridge * head.square().sum() / target.shape[1]
 
 
 class Regression:
-    """The regression of one task from one batch of images (paper, 3.1). All architectures get the same targets.
+    """The regression of one task from one batch of images (paper, 3.1).
 
-    `regression(space, arch)` trains one network and returns its losses. They are a pure function of (space, arch's key,
-    task, images, settings, seed) and the kind of device, whatever the calling program has set (see `isolated`). Only a
-    thread that draws from PyTorch's global generator meanwhile would change them. Of `images` (B, 3, H, W), the first
-    settings.batch are used.
+    `regression(space, arch)` trains a network and returns its losses. `space.build(arch)` must return a new network,
+    images (B, 3, H, W) -> three feature maps; `space.key(arch)` must return a string, equal for equal networks.
 
-    The paper trains a linear head on each stage together with the network. With settings.ridge, every step solves for
-    the best heads instead: the loss then shows what the features are good for, not how far the heads have come. Batch
-    norm then always uses the statistics of the batch.
+    The losses depend on (space, key, task, images, settings, seed) and the kind of device alone, not on what the
+    calling program has set (see `isolated`). But no other thread may draw from PyTorch's global generator meanwhile.
+
+    The paper trains a linear head on each stage along with the network. With settings.ridge, the best heads are
+    computed in every step instead. The loss then tells how good the features are, not how far the heads have come.
     """
 
-    def __init__(self, task: Any, images: Tensor | None, settings: Settings = Settings(), seed: int = 0,
-                 device: str = "cpu"):
+    def __init__(self, task: Any, images: Tensor, settings: Settings = Settings(), seed: int = 0, device: str = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
         self.stages = [stage for stage, weight in enumerate(settings.stage_weights) if weight]  # those that count
         with isolated(self.device), torch.device("cpu"):
-            tensors = self.draw_tensors(images)
-            layouts = [torch.channels_last if x.ndim == 4 else torch.preserve_format for x in tensors]
-            self.input, *self.targets = [x.to(self.device, memory_format=form) for x, form in zip(tensors, layouts)]
+            self.input, *self.targets = [x.to(self.device) for x in self.draw_tensors(images)]
             self.stage_weights = torch.tensor(settings.stage_weights)[self.stages].to(self.device)
 
     def __call__(self, space: Any, arch: Any) -> Trained:
-        steps, ridge, history = self.settings.steps, self.settings.ridge, []
+        steps, ridge, losses_by_step = self.settings.steps, self.settings.ridge, []
         identity = getattr(space, "name", type(space).__name__), space.key(arch), self.seed
 
         with isolated(self.device):
-            # 1. Build the network and its heads. The CPU draws their parameters, so that they are equal on all devices.
+            # 1. Build the network and its heads. The CPU draws the parameters, so that they are equal on all devices.
             self.seed_generators("weights", *identity)
             with torch.device("cpu"):
                 body = space.build(arch)
                 params = sum(parameter.numel() for parameter in body.parameters())
-                network = self.with_heads(body)
-            body, *heads = network.to(self.device, memory_format=torch.channels_last)
+                network = self.with_heads(body).to(self.device, memory_format=torch.channels_last).train()
+            body, *heads = network  # no heads if they are solved for
             optimizer = self.optimizer(network)
             self.seed_generators("noise", *identity)
 
-            for step in range(steps + 1):  # the last pass only evaluates
-                if step in (0, steps):
-                    network.train(step < steps)
-
-                with torch.set_grad_enabled(step < steps):
-                    # 2. Pass the images with fresh noise through the network. A tap is the map that ends a stage.
+            for step in range(steps + 1):
+                training = step < steps
+                if not training:  # the last pass only evaluates
+                    network.eval()
+                with torch.set_grad_enabled(training):
+                    # 2. Pass the images, with fresh noise, through the network. A tap is the feature map of a stage.
                     noise = torch.empty_like(self.input)  # (B, 3, H, W)
                     noise = noise.uniform_(-1, 1) if self.task.noise.kind == "uniform" else noise.normal_()
                     taps = self.taps(body, self.input + noise.mul_(self.task.noise.level))  # three of (B, C, h, w)
@@ -329,28 +333,29 @@ class Regression:
                     # 3. Compare each stage with its target, through its trained head or through the best head.
                     losses = []
                     for stage in self.stages:
-                        tap, target = self.match_sizes(stage, taps[stage])  # (B, C, h, w), (B, T, h, w)
+                        tap, target = self.match_sizes(stage, taps[stage])  # (B, C, h, w), (B, K, h, w)
                         if ridge is None:
                             losses.append(F.mse_loss(heads[stage](tap), target))
                         else:
                             losses.append(ridge_loss(rows(tap), rows(target), ridge))
                     loss = self.stage_weights @ torch.stack(losses)
-                history.append(torch.stack([*losses, loss]).detach())  # stays on the device, so no step waits for it
+                losses_by_step.append(torch.stack([*losses, loss]).detach())  # no number is read: that would wait
 
-                # 4. Take a step of SGD. A dead network has no gradients and learns nothing.
+                # 4. Take a training step. The last pass has no gradient, nor has a network that returns zeros.
                 if loss.requires_grad:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
 
-            *curves, total = torch.stack(history).T.tolist()  # each of steps + 1 losses
-        curve = dict(zip(self.stages, curves))
-        return Trained(total[-1], [curve.get(stage, []) for stage in range(len(self.targets))], params)
+            *curves, total = torch.stack(losses_by_step).T.tolist()  # steps + 1 numbers each
+        curve_of = dict(zip(self.stages, curves))
+        return Trained(total[-1], [curve_of.get(stage, []) for stage in range(len(self.targets))], params)
 
     def draw_tensors(self, images: Tensor) -> list[Tensor]:
-        """Return the input and the targets."""
+        """Return the input (B, 3, side, side) and three targets (B, K, size, size)."""
         images = resized(images[:self.settings.batch], self.settings.side)
-        return [images, *self.task.draw(images, self.seed, self.settings.batch, self.settings.size)]
+        targets = self.task.draw(images, self.seed, self.settings.batch, self.settings.size)
+        return [x.to(memory_format=torch.channels_last) for x in (images, *targets)]
 
     def seed_generators(self, *purpose: Any) -> None:
         """Seed the global generators of the CPU and of this device alone."""
@@ -360,33 +365,34 @@ class Regression:
                 torch.cuda.manual_seed(seed_of(*purpose))
 
     def with_heads(self, body: nn.Module) -> nn.ModuleList:
-        """Return the network, followed by the head of each stage if the heads are trained."""
+        """Return the network and, if they are trained, the heads of its stages: batch norm and a 1x1 convolution."""
         if self.settings.ridge is not None:
-            torch.func.replace_all_batch_norm_modules_(body)  # by some without running statistics
+            torch.func.replace_all_batch_norm_modules_(body)  # no running statistics: always those of the batch
             return nn.ModuleList([body])
-        with torch.no_grad():  # of two images, since some batch norms use the batch's statistics in eval() mode too
+        with torch.no_grad():  # with two images, as some batch norms need several even in eval() mode
             widths = [tap.shape[1] for tap in self.taps(body.eval(), self.input[:2].cpu())]
         heads = [nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
                  for width, target in zip(widths, self.targets)]
         return nn.ModuleList([body, *heads])
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        groups = [{"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": self.settings.weight_decay},
-                  {"params": [p for p in network.parameters() if p.ndim <= 1]}]
-        return torch.optim.SGD(groups, self.settings.learning_rate, self.settings.momentum, fused=True)
+        parameters, settings = list(network.parameters()), self.settings
+        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+                  {"params": [p for p in parameters if p.ndim <= 1]}]  # biases and batch norms
+        return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=True)
 
     def taps(self, body: nn.Module, images: Tensor) -> list[Tensor]:
-        """Return the taps (B, C, h, w) of the three stages. ValueError if the network returns another number."""
+        """Return the network's three taps (B, C, h, w). ValueError if it returns another number of maps."""
         taps = body(images)
         if len(taps) != len(self.targets):
             raise ValueError(f"feature maps: expected {len(self.targets)}, not {len(taps)}")
         return taps
 
     def match_sizes(self, stage: int, tap: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a tap and its target at the same height and width: the tap is resized to the target.
+        """Return a square tap and its target at the same size. The tap is resized to the target (nearest).
 
-        With solved heads, a tap smaller than the target is compared with the target averaged to the tap's size. This
-        changes the scale of the loss, so the taps of all architectures should have the same sizes.
+        With solved heads, a tap that is smaller than the target stays as it is, and the target is averaged to its size.
+        This changes the scale of the loss, so the taps of all architectures should have the same sizes.
         """
         target, size = self.targets[stage], self.settings.size
         if self.settings.ridge is None or tap.shape[2] > size:
@@ -398,7 +404,8 @@ class Regression:
 
 # ------------------------------------------------------------------------------------------------------ score
 def terms(trained: Trained) -> dict[str, float]:
-    """Return the terms of a score: logs of the loss, of the parameter count, and of each stage's first and last loss."""
+    """Return the terms of a score: the log of the loss and, not in the paper, those of the number of parameters and of
+    each stage's loss before and after training."""
     values = {"log loss": math.log(trained.loss + 1e-9), "log params": math.log(max(trained.params, 1))}
     for stage, losses in enumerate(trained.losses, start=1):
         if losses:
@@ -410,7 +417,7 @@ def terms(trained: Trained) -> dict[str, float]:
 def score(weights: dict[str, float], trained: Trained) -> float:
     """Return the weighted sum of the terms; lower is better. The paper's weights are {"log loss": 1}.
 
-    A term that the training does not have counts 0. The score of a network that diverged is infinity.
+    A term that the training lacks counts as 0. The score of a network that diverged is infinity.
     """
     if not math.isfinite(trained.loss):
         return math.inf
@@ -424,13 +431,13 @@ Scored = list[tuple[Any, float]]  # pairs (candidate, score)
 
 def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[list], list[float]], rng: random.Random,
                           population: int = 50, tournament: int = 10, cycles: int = 400, batch: int = 1) -> Scored:
-    """Run an aging evolution (Real et al., AAAI 2019). Return all candidates with their scores, in order.
+    """Run an aging evolution (Real et al., AAAI 2019). Return all candidates with their scores, as they came.
 
-    `draw(rng)` returns a candidate, `mutate(candidate, rng)` a neighbour, `evaluate(candidates)` their scores; lower is
-    better. `population` drawn candidates form a queue. Then, `cycles` times, `tournament` of its members are drawn, the
-    best of them is mutated, and the child replaces the oldest member. `batch` children are made from one queue.
+    `draw(rng)` returns a candidate, `mutate(candidate, rng)` a neighbour of it, `evaluate(candidates)` their scores; a
+    lower score is better. A queue starts with `population` drawn candidates. Then, `cycles` times, the best of
+    `tournament` random members is mutated and its child replaces the oldest one; `batch` children enter at a time.
     """
-    queue: deque[tuple[Any, float]] = deque(maxlen=population)  # when full, it drops its oldest member
+    queue: deque[tuple[Any, float]] = deque(maxlen=population)  # when it is full, it drops its oldest member
     history: Scored = []
     candidates = [draw(rng) for _ in range(population)]
     while candidates:
@@ -438,7 +445,7 @@ def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[
         queue.extend(evaluated)
         history.extend(evaluated)
 
-        children = min(batch, population + cycles - len(history))
+        children = min(batch, population + cycles - len(history))  # 0 at the end
         parents = [min(rng.sample(queue, tournament), key=lambda pair: pair[1])[0] for _ in range(children)]
         candidates = [mutate(parent, rng) for parent in parents]
     return history
@@ -447,34 +454,24 @@ def regularized_evolution(draw: Callable, mutate: Callable, evaluate: Callable[[
 def search_architecture(draw: Callable, mutate: Callable, key: Callable[[Any], str], evaluate: Callable,
                         evaluate_anew: Callable, rng: random.Random, finalists: int = 10, **evolution: int
                         ) -> tuple[Scored, Scored]:
-    """Search for the architecture with the best score. Return the history of an evolution, and its `finale`.
+    """Search for the architecture with the best score. Return the history of a regularized evolution, and its finale.
 
-    `evolution` are options of `regularized_evolution`. `evaluate_anew` scores like `evaluate`, but with other seeds.
+    In the finale (not in the paper), `evaluate_anew` scores the best `finalists` different networks again, with seeds
+    that the evolution did not use. The new scores alone rank them, best first: the best of hundreds of networks is
+    partly so by chance, because of its initial parameters and the images.
     """
     history = regularized_evolution(draw, mutate, evaluate, rng, **evolution)
-    return history, finale(history, key, evaluate_anew, finalists)
-
-
-def finale(history: Scored, key: Callable[[Any], str], evaluate_anew: Callable, finalists: int = 10) -> Scored:
-    """Score the best networks of a history anew, each once. Return them with their new scores, best first.
-
-    Not in the paper. The best of hundreds of networks also had luck with its initial parameters and its images. New
-    seeds take that luck away, so the new scores alone rank the finalists.
-    """
     ranking = sorted(distinct(history, key), key=lambda pair: pair[1])
     archs = [arch for arch, _ in ranking[:finalists]]
-    return sorted(zip(archs, evaluate_anew(archs)), key=lambda pair: pair[1])
+    return history, sorted(zip(archs, evaluate_anew(archs)), key=lambda pair: pair[1])
 
 
 def distinct(pairs: Iterable[tuple[Any, Any]], key: Callable[[Any], str]) -> list[tuple[Any, Any]]:
-    """Return the first pair (architecture, value) of each network. Architectures with equal keys are one network."""
+    """Return the first pair (architecture, value) of each key. Architectures with equal keys are the same network."""
     first: dict[str, tuple[Any, Any]] = {}
     for pair in pairs:
         first.setdefault(key(pair[0]), pair)
     return list(first.values())
-
-
-CHANNELS = range(16, 97, 16)  # of the stages of a random task
 
 
 def random_noise(rng: random.Random) -> Noise:
@@ -482,7 +479,7 @@ def random_noise(rng: random.Random) -> Noise:
 
 
 def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tuple[Signal, ...]:
-    """Draw signals: each basis is present with chance 1/2, its fields are random, except those that are `fixed`."""
+    """Draw a signal of each basis with chance 1/2. Its fields are random, except those that are `fixed`."""
     signals = []
     for basis in [basis for basis in bases if rng.random() < 0.5]:
         low, high = rng.uniform(0, 0.5), rng.uniform(0, 0.5)
@@ -494,12 +491,13 @@ def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tu
 
 
 def random_task(rng: random.Random) -> Task:
-    """Draw a task from the paper's space of tasks (paper, 3.4)."""
-    return Task(random_noise(rng), tuple(Stage(rng.choice(CHANNELS), random_signals(rng, BASES)) for _ in range(3)))
+    """Draw a task from the paper's search space (paper, 3.4)."""
+    noise = random_noise(rng)
+    return Task(noise, tuple(Stage(rng.choice(range(16, 97, 16)), random_signals(rng, BASES)) for _ in range(3)))
 
 
 def mutate_task(task: Task, rng: random.Random) -> Task:
-    """Return another task. The noise, and the channels and each basis of each stage, are redrawn with chance 0.2."""
+    """Return another task: noise, channels of a stage and signals of a basis are redrawn with chance 0.2 each."""
     other = random_task(rng)
     noise = pick(task.noise, other.noise, rng)
     stages = tuple(Stage(pick(old.channels, new.channels, rng), pick_signals(old.signals, new.signals, rng))
@@ -512,7 +510,7 @@ def pick(old: Any, new: Any, rng: random.Random) -> Any:
 
 
 def pick_signals(old: tuple[Signal, ...], new: tuple[Signal, ...], rng: random.Random) -> tuple[Signal, ...]:
-    """Pick the old or the new signal of each basis. Either may be absent."""
+    """Pick the old or the new signal of each basis; either may be missing."""
     olds, news = ({signal.basis: signal for signal in signals} for signals in (old, new))
     picked = [pick(olds.get(basis), news.get(basis), rng) for basis in BASES]
     return tuple(signal for signal in picked if signal)
@@ -520,10 +518,10 @@ def pick_signals(old: tuple[Signal, ...], new: tuple[Signal, ...], rng: random.R
 
 def search_task(start: list[Task], fitness: Callable[[Task], float], rng: random.Random,
                 draw: Callable = random_task, mutate: Callable = mutate_task, **evolution: int) -> Scored:
-    """Search for the task of the highest fitness (paper, 3.4). Return all tasks with -fitness, in order.
+    """Search for the task with the highest fitness (paper, 3.4). Return all tasks with -fitness, as they came.
 
-    The first tasks are those of `start`, the other members of the first population are drawn. The paper's fitness is
-    |rho| of the losses with the accuracies of some 20 architectures. Rho itself is better here, as a search minimises.
+    The first population begins with the tasks of `start`; its other members are drawn. The paper's fitness is |rho| of
+    the losses with some 20 accuracies. Use rho of the negative losses, as a search takes low losses for good.
     """
     first = deque(start)
     return regularized_evolution(lambda rng: first.popleft() if first else draw(rng), mutate,
@@ -536,7 +534,7 @@ def search_task(start: list[Task], fitness: Callable[[Task], float], rng: random
 import argparse
 import multiprocessing
 import os
-import signal
+import signal as os_signal
 import sys
 import time
 import zipfile
@@ -551,31 +549,37 @@ from pathlib import Path
 from torch import distributed
 
 
-# ------------------------------------------------------------------------------------------- rank correlation
+def check(condition: bool, wrong: str, value: Any = None, expected: str = "") -> None:
+    """Raise ValueError unless the condition holds. The message tells what is wrong and what is expected."""
+    if not condition:
+        raise ValueError(f"{wrong}: expected {expected}, not {value!r:.80}" if expected else wrong)
+
+
+# ------------------------------------------------------------------------------------------ rank correlation
 def ranks(values: Any) -> np.ndarray:
-    """Return ranks from 1 up; equal values share the mean of theirs. If one is NaN, all ranks are."""
+    """Return the ranks, from 1 up. Equal values share their mean rank; if any value is NaN, all ranks are NaN."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.where(np.isnan(values).any(), math.nan, (np.cumsum(counts) - (counts - 1) / 2)[place])
 
 
 def spearman(a: Any, b: Any) -> float:
-    """Return Spearman's rho; NaN where one side is all ties or has a NaN."""
+    """Return Spearman's rho; NaN if all values of one side are equal, or one is NaN."""
     a, b = ranks(a), ranks(b)
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else math.nan
 
 
 def kendall(a: Any, b: Any) -> float:
-    """Return Kendall's tau-b; NaN where one side is all ties or has a NaN."""
+    """Return Kendall's tau-b; NaN if all values of one side are equal, or one is NaN."""
     a, b = ranks(a), ranks(b)
-    counts = np.zeros(3)  # of ordered pairs: concordant less discordant, not tied in a, not tied in b
+    concordance = untied_a = untied_b = 0  # over all ordered pairs
     for u, v in zip(a, b):
         x, y = np.sign(a - u), np.sign(b - v)
-        counts += x @ y, x @ x, y @ y
-    return float(counts[0] / math.sqrt(counts[1] * counts[2])) if counts[1] * counts[2] else math.nan
+        concordance, untied_a, untied_b = concordance + x @ y, untied_a + x @ x, untied_b + y @ y
+    return float(concordance / math.sqrt(untied_a * untied_b)) if untied_a * untied_b else math.nan
 
 
 def spearman_interval(a: Any, b: Any, resamples: int = 2000) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of rho; NaN for fewer than 10 pairs, too few to resample."""
+    """Return the 95% percentile bootstrap interval of rho; NaN for fewer than 10 pairs."""
     a, b = np.asarray(a), np.asarray(b)
     if len(a) < 10:
         return math.nan, math.nan
@@ -583,39 +587,41 @@ def spearman_interval(a: Any, b: Any, resamples: int = 2000) -> tuple[float, flo
     return tuple(np.nanquantile([spearman(a[sample], b[sample]) for sample in drawn], (0.025, 0.975)).tolist())
 
 
-# --------------------------------------------------------------------------------- presets, weights on labels
+# --------------------------------------------------------------------------------------------------- presets
 class Preset(NamedTuple):
     """How the networks of a family of spaces are trained and scored."""
     settings: Settings
-    sizes: dict[str, Any] = {}  # arguments of the space's class in search_spaces, which set the size of its networks
-    weights: dict[str, float] = {"log loss": 1.0}  # of the terms of the score; this default is the paper's
-    task: str | None = None  # a name of TASKS; None: the space's own task
+    sizes: dict[str, Any] = {}  # arguments of the space's class in search_spaces, for smaller networks
+    weights: dict[str, float] = {"log loss": 1.0}  # weights of the score; these are the paper's
+    task: str | None = None  # a name of TASKS; None: the task that the space names
 
 
-# The constants of "fast" were chosen on labels: most of them on 150 to 300 networks each of nb101, nb201, nbmacro and
-# nbnlp, the weights of NDS on 70 networks each of three of its spaces. The README tells what each change is worth.
+# The constants of "fast" were chosen on labels: on 150 to 300 networks each of nb101, nb201, nbmacro and nbnlp, and on
+# 70 networks each of three spaces of NDS (the ten families at the end). The README has the effect of each change.
 FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.005, side=16, ridge=1.0)
-WITH_SIZE = {"log loss": 1.0, "log params": -0.03}  # not in the paper: of two equal losses, the larger network's wins
+WITH_SIZE = {"log loss": 1.0, "log params": -0.03}  # of two networks with the same loss, the larger one is better
 CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, WITH_SIZE, "combo")
 RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, WITH_SIZE, "combo")
 
-# preset -> family of spaces -> how its networks are trained and scored; "" stands for all other spaces, and for yours
+# preset -> family of spaces (the space's name without -fix and -in) -> how its networks are trained and scored;
+# "" stands for all other spaces, and for spaces of your own
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {"": Preset(Settings()), "nbnlp": Preset(Settings(), {"reservoir": True})},
     "fast": {
         "": Preset(FAST),
-        # The loss of stage 1 ranks the networks of nb101 and nb201 backwards, so it does not count.
+        # In nb101 and nb201 a low loss of stage 1 goes with a low accuracy, so stage 1 has weight 0.
         "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True},
                         {"log loss": 1.0, "log loss 2 after": 1.0}),
-        # Two things tell the best cells apart: five cells in a stage, as in the benchmark, and a high loss of stage 3
-        # before training.
+        # The best cells are told apart by networks of five cells a stage, as in the benchmark, and by a high loss of
+        # stage 3 before training.
         "nb201": Preset(replace(FAST, steps=10, learning_rate=0.3, batch=8, side=24, stage_weights=(0.0, 0.5, 1.0)),
                         {"width": 8, "cells": 5, "all_blocks": True},
                         {"log loss": 1.0, "log params": -0.07, "log loss 3 before": -0.15}),
-        # Deep networks are good here, but early losses are against them: the loss alone ranks backwards.
+        # Deep networks are more accurate here, but their loss falls later. So the loss alone ranks backwards.
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32), {"width": 8}, {
             "log loss": 1.0, "log loss 1 after": 7.0, "log loss 2 after": -1.4, "log loss 3 before": -0.2}, "combo"),
-        "nbnlp": Preset(replace(FAST, steps=72, batch=32, size=4), {"reservoir": True, "widths": (100, 150, 150, 100)}),
+        "nbnlp": Preset(replace(FAST, steps=72, batch=32, size=4),
+                        {"reservoir": True, "widths": (100, 150, 150, 100)}),
         **dict.fromkeys(("darts", "enas", "pnas", "nasnet", "amoeba"), CELLS),
         **dict.fromkeys(("resnet", "resnext-a"), RESIDUAL),
         "resnext-b": RESIDUAL._replace(sizes={"shrink": 4, "all_blocks": True}),
@@ -624,12 +630,12 @@ PRESETS: dict[str, dict[str, Preset]] = {
 
 
 def fit_weights(networks: list[Trained], values: list[float], penalty: float = 20) -> tuple[dict[str, float], float]:
-    """Return weights of a score that ranks labelled networks by their values (higher is better), and its rho.
+    """Return the weights of a score that ranks networks by their values (higher is better), and its rho.
 
-    Not in the paper. A ridge regression of the standardised ranks on the terms; rho is that of the predictions by
-    leave-one-out. The weight of the log loss is free, the penalty draws all others to 0: few labels then leave mostly
-    the loss. Terms are divided by their median absolute deviation and cut at four of them; otherwise the few networks
-    that hardly train would decide the weights.
+    Not in the paper. A ridge regression predicts the ranks from the terms. Rho is Spearman's of the leave-one-out
+    predictions, or NaN if fewer than three networks converged. The log of the loss bears no penalty; that of the other
+    terms shrinks their weights, so that with few labels the score is mostly the loss. Terms are divided by their median
+    absolute deviation and clipped to 4, or else a few networks that hardly train would decide the weights.
     """
     converged = [i for i, trained in enumerate(networks) if math.isfinite(trained.loss)]
     if len(converged) < 3:
@@ -643,30 +649,33 @@ def fit_weights(networks: list[Trained], values: list[float], penalty: float = 2
     x, y = x - x.mean(0), ranks(-np.array(values)[converged])
     y = (y - y.mean()) / y.std()
 
-    penalties = np.array([1e-6 if name == "log loss" else penalty for name in names])  # not 0, so that it is regular
+    penalties = np.array([1e-6 if name == "log loss" else penalty for name in names])  # not 0: it must be invertible
     solution = np.linalg.solve(x.T @ x + np.diag(penalties[varied]), x.T)  # (terms, n)
-    fitted, leverage = solution @ y, (x * solution.T).sum(1)  # the diagonal of the hat matrix
-    left_out = np.full(len(networks), math.inf)  # scores by leave-one-out; a network that diverged stays the last
-    left_out[converged] = y - (y - x @ fitted) / (1 - leverage - 1 / len(y))  # 1 / n is that of the intercept
+    fitted = solution @ y
+    leverage = (x * solution.T).sum(1) + 1 / len(y)  # the diagonal of the hat matrix; 1 / n is the intercept's
+    left_out = np.full(len(networks), math.inf)  # leave-one-out scores; networks that diverged rank last
+    left_out[converged] = y - (y - x @ fitted) / (1 - leverage)
     weights = zip(np.array(names)[varied].tolist(), fitted / deviation[varied])
     return {name: float(f"{weight:.4g}") for name, weight in weights}, spearman(-left_out, values)
 
 
-# ----------------------------------------------------------------------------------------- recurrent networks
+# ---------------------------------------------------------------------------------------- recurrent networks
 @dataclass(frozen=True)
 class RnnTask:
-    """A task of a recurrent network: to turn one sequence of signals into another (paper, 3.3).
+    """A task of a recurrent network: it must turn one sequence of signals into another (paper, 3.3).
 
-    A sequence is one map: y is its time, x the index of a number of its `dimension`.
+    A sequence is a map of height T and width D: y is the time step, and x is the index of one of its D features.
     """
     noise: Noise
-    dimension: int  # 1 to 1024
-    input: tuple[Signal, ...]  # all signals are per_sample
+    dimension: int  # D, 1 to 1024
+    input: tuple[Signal, ...]  # here and in the target, all signals are per_sample
     target: tuple[Signal, ...]
-    weights: dict[str, float] | None = None
+    weights: dict[str, float] | None = None  # as in `Task`
 
     def parts(self, batch: int, size: int) -> dict[str, tuple[tuple[Signal, ...], Shape]]:
-        return {name: (getattr(self, name), (batch, 1, size, self.dimension)) for name in ("input", "target")}
+        """Return the signals and the shape of input and target, by name."""
+        shape = batch, 1, size, self.dimension
+        return {"input": (self.input, shape), "target": (self.target, shape)}
 
     draw = Task.draw
 
@@ -676,12 +685,12 @@ AnyTask = Task | RnnTask
 
 def random_rnn_task(rng: random.Random) -> RnnTask:
     bases = [basis for basis in BASES if basis != "resize"]
-    return RnnTask(random_noise(rng), rng.choice(CHANNELS),
-                   *[random_signals(rng, bases, per_sample=True) for _ in range(2)])
+    return RnnTask(random_noise(rng), rng.choice(range(16, 97, 16)),
+                   random_signals(rng, bases, per_sample=True), random_signals(rng, bases, per_sample=True))
 
 
 def mutate_rnn_task(task: RnnTask, rng: random.Random) -> RnnTask:
-    """Draw another task: the noise, the dimension and each basis of input and target are redrawn with chance 0.2."""
+    """Return another task: the noise, the dimension and each signal are redrawn with chance 0.2 each."""
     other = random_rnn_task(rng)
     child = RnnTask(pick(task.noise, other.noise, rng), pick(task.dimension, other.dimension, rng),
                     pick_signals(task.input, other.input, rng), pick_signals(task.target, other.target, rng))
@@ -689,23 +698,23 @@ def mutate_rnn_task(task: RnnTask, rng: random.Random) -> RnnTask:
 
 
 class RnnRegression(Regression):
-    """The regression of a recurrent network, which has one stage and a linear layer as its head. It needs no images."""
+    """The regression of a recurrent network, sequences (B, T, width) -> (B, T, width), which is one stage."""
 
-    def __init__(self, task: RnnTask, images: Tensor | None = None, settings: Settings = Settings(), *args: Any):
+    def __init__(self, task: RnnTask, images: Any = None, settings: Settings = Settings(), *args: Any):
         super().__init__(task, images, replace(settings, stage_weights=settings.stage_weights[-1:]), *args)
 
-    def draw_tensors(self, images: Tensor | None) -> list[Tensor]:
-        tensors = self.task.draw(None, self.seed, self.settings.batch, self.settings.size)  # (B, 1, T, D)
-        return [sequences[:, 0] for sequences in tensors]  # (B, T, D)
+    def draw_tensors(self, images: Any) -> list[Tensor]:
+        """Return the input and the target, sequences (B, T, D)."""
+        return [maps[:, 0] for maps in self.task.draw(None, self.seed, self.settings.batch, self.settings.size)]
 
     def with_heads(self, body: nn.Module) -> nn.ModuleList:
-        """Put an encoder (B, T, D) -> (B, T, width) before the network; the decoder behind it is the head."""
-        encoder = nn.Linear(self.task.dimension, body.width)
-        heads = [nn.Linear(body.width, self.task.dimension)] if self.settings.ridge is None else []
+        """Return the network behind an encoder and, if heads are trained, the decoder, which is the head."""
+        encoder, heads = nn.Linear(self.task.dimension, body.width), []
+        if self.settings.ridge is None:
+            heads = [nn.Linear(body.width, self.task.dimension)]
+            nn.init.zeros_(heads[0].bias)
         for layer in (encoder, *heads):
             nn.init.uniform_(layer.weight, -0.1, 0.1)
-        for layer in heads:
-            nn.init.zeros_(layer.bias)
         return nn.ModuleList([nn.Sequential(encoder, body), *heads])
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
@@ -719,9 +728,9 @@ class RnnRegression(Regression):
         return tap, self.targets[stage]
 
 
-# ------------------------------------------------------------------------------------------------------ tasks
-# The tasks that the authors released. combo, nlp-combo and nlp-single were made by hand; each of the others was found
-# by the authors' task search on the space of its name.
+# ----------------------------------------------------------------------------------------------------- tasks
+# The tasks that the authors released. They made combo, nlp-combo and nlp-single by hand. Their task search found nb101,
+# darts and resnet on the spaces of these names, and nlp on nbnlp.
 TASKS: dict[str, AnyTask] = {
     "combo": COMBO,
     "nb101": Task(Noise("uniform", 0.1), (
@@ -753,13 +762,15 @@ TASKS: dict[str, AnyTask] = {
         (Signal("sin1d", 1.0, True, MEDIUM), Signal("sin2d", 1.0, True, MEDIUM))] * 2),
     "nlp-single": RnnTask(Noise("uniform", 0.0), 64, *[(Signal("dot", 1.0, True, density=1.0),)] * 2),
 }
-TERMS = tuple(terms(Trained(1.0, [[1.0]] * 3, 1)))
+TERMS = tuple(terms(Trained(1.0, [[1.0]] * 3, 1)))  # the names of all terms
 
 
 def read_task(task: AnyTask | str) -> AnyTask:
     """Return a task of TASKS by its name, a task from a JSON file, or the task itself."""
-    if isinstance(task, AnyTask) or task in TASKS:
-        return TASKS[task] if isinstance(task, str) else task
+    if isinstance(task, AnyTask):
+        return task
+    if task in TASKS:
+        return TASKS[task]
     check(task.endswith(".json"), "task", task, f"one of {', '.join(TASKS)} or a FILE.json")
     return task_from_json(Path(task).read_bytes(), f"task {task}")
 
@@ -789,78 +800,79 @@ def task_from_json(text: str | bytes, name: str = "task") -> AnyTask:
 
 
 def part_from_json(values: dict[str, Any]) -> Any:
-    """Return the part of a task that has such a field; the weights of a score stay a dict."""
-    kinds = {"basis": Signal, "kind": Noise, "channels": Stage, "stages": Task, "dimension": RnnTask}
-    kind = next((kind for name, kind in kinds.items() if name in values), dict)
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    """Return the part of a task that has these fields. One field tells its class; a dict without it stays a dict."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for field, kind in (("basis", Signal), ("kind", Noise), ("channels", Stage), ("stages", Task),
+                        ("dimension", RnnTask)):
+        if field in values:
+            return kind(**values)
+    return values
 
 
 def check_task(task: Any) -> None:
-    """Raise ValueError for a value that no task can have."""
+    """Raise ValueError if a task has a value that no task can have."""
     check(isinstance(task, AnyTask), "JSON", task, "an object with stages, or with dimension, input and target")
     check(isinstance(task.noise, Noise), "noise", task.noise, "a kind and a level")
     check(task.noise.kind in ("uniform", "gaussian"), "kind", task.noise.kind, "uniform or gaussian")
-    numbers = [("level", task.noise.level, 10)]  # name, value, largest value
+    check(0 <= task.noise.level <= 10, "level", task.noise.level, "a number from 0 to 10")
     for term, weight in (task.weights or {}).items():
         check(term in TERMS and abs(weight) < math.inf, "weights", {term: weight}, f"numbers for {', '.join(TERMS)}")
 
-    counts = [("dimension", task.dimension, 1024)] if isinstance(task, RnnTask) else []
     if isinstance(task, Task):
-        check([type(stage) for stage in task.stages] == [Stage] * 3, "stages", task.stages, "three")
-        counts = [("channels", stage.channels, 640) for stage in task.stages]
-    for name, count, largest in counts:
-        check(type(count) is int and 1 <= count <= largest, name, count, f"a whole number from 1 to {largest}")
-
+        check([type(stage) for stage in task.stages] == [Stage] * 3, "stages", task.stages, "three stages")
+        for channels in [stage.channels for stage in task.stages]:
+            check(type(channels) is int and 1 <= channels <= 640, "channels", channels, "a whole number, 1 to 640")
+    else:
+        fits = type(task.dimension) is int and 1 <= task.dimension <= 1024
+        check(fits, "dimension", task.dimension, "a whole number, 1 to 1024")
     for signals, _ in task.parts(1, 1).values():
         check(type(signals) is tuple and {*map(type, signals)} <= {Signal}, "signals", signals, "a list of signals")
-        check(len({signal.basis for signal in signals}) == len(signals), "signals", signals, "no basis twice")
+        check(len({signal.basis for signal in signals}) == len(signals), "signals", signals, "each basis at most once")
         for signal in signals:
-            check(signal.basis in BASES, "basis", signal.basis, f"one of {', '.join(BASES)}")
-            fields = tuple(name for name in ("frequencies", "density", "per_sample") if getattr(signal, name) is not None)
-            check(fields == BASES[signal.basis][1], f"fields of {signal.basis}", fields, f"{BASES[signal.basis][1]}")
-            f = (0.1,) * 10 if signal.frequencies is None else signal.frequencies
-            check(len(f) == 10 and 0 < min(f) and max(f) < 0.5, "frequencies", f, "10 numbers above 0 and below 0.5")
-            allowed = (True,) if isinstance(task, RnnTask) else (None, True, False)
-            check(signal.per_sample in allowed, "per_sample", signal.per_sample, f"one of {allowed}")
-            numbers += [("level", signal.level, 10), ("density", signal.density or 0, 1)]
-    for name, number, largest in numbers:
-        check(0 <= number <= largest, name, number, f"a number from 0 to {largest}")
+            check_signal(signal)
+            check(isinstance(task, Task) or signal.per_sample, "per_sample", signal.per_sample, "true")
 
 
-def check(condition: bool, name: str, value: Any, expected: str) -> None:
-    """Raise ValueError, which names what is wrong and what would be right, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, not {value!r:.80}")
+def check_signal(signal: Signal) -> None:
+    check(signal.basis in BASES, "basis", signal.basis, f"one of {', '.join(BASES)}")
+    check(0 <= signal.level <= 10, "level", signal.level, "a number from 0 to 10")
+    fields = tuple(name for name in ("frequencies", "density", "per_sample") if getattr(signal, name) is not None)
+    check(fields == BASES[signal.basis][1], f"fields of {signal.basis}", fields, f"{BASES[signal.basis][1]}")
+    f = (0.1,) * 10 if signal.frequencies is None else signal.frequencies
+    check(len(f) == 10 and 0 < min(f) and max(f) < 0.5, "frequencies", f, "10 numbers above 0 and below 0.5")
+    check(0 <= (signal.density or 0) <= 1, "density", signal.density, "a number from 0 to 1")
+    check(signal.per_sample in (None, True, False), "per_sample", signal.per_sample, "true or false")
 
 
-# ----------------------------------------------------------------------------------------------------- scorer
-Name = tuple[str, int, str]  # of a training: the task's digest, the seed, the network's key
-Item = tuple[Name, AnyTask, Any]  # a training to be done: its name, its task, its architecture
-Result = tuple[Name, Trained]
+# ---------------------------------------------------------------------------------------------------- scorer
+Run = tuple[str, int, str]  # names a training run: the task's digest, the seed, the network's key
+Item = tuple[Run, AnyTask, Any]  # what is to be trained: the name of the run, the task, the architecture
+Result = tuple[Run, Trained]
 
 
 class Scorer:
     """Scores architectures of one space: `scorer(archs)` returns a list of numbers; lower is better.
 
-    Each network is trained once for a task and a seed. Architectures with equal keys are one network.
+    A network is trained once for each task and seed. Architectures with equal keys are the same network.
 
-    space: a `--space` name, or an object with the methods random, mutate, build, key and format.
-    preset, steps: a name of PRESETS, and the number of training steps if it is not the preset's.
-    task: a name of TASKS, a FILE.json or a task. The default is the preset's or else the space's.
+    space: a `--space` name, or an object with `build`, `key` and `format`.
+    preset, steps: a name of PRESETS, and a number of training steps to replace the preset's.
+    task: a name of TASKS, a FILE.json or a task. The default is the task of the preset, or else of the space.
     images: "synthetic", or the path of a file for `read_images`.
-    seed, seeds: a score is the mean over `seeds` seeds, from `seed` up, of images, targets, parameters and noise.
-    device: the default is a GPU if there is one.
+    seed, seeds: the seeds are seed, ..., seed + seeds - 1. A score is the mean over them. A seed determines synthetic
+        images, targets, parameters and noise.
+    device: the default is the first GPU, or the CPU if there is none.
     """
 
     def __init__(self, space: Any, preset: str = "fast", task: AnyTask | str | None = None, images: str = "synthetic",
                  seed: int = 0, device: str | None = None, steps: int | None = None, seeds: int = 1):
         self.name = space if isinstance(space, str) else getattr(space, "name", type(space).__name__)
-        own = not isinstance(space, str) and type(space).__module__ != "search_spaces"  # a space of the user's own
+        own = not isinstance(space, str) and type(space).__module__ != "search_spaces"
         family = "" if own else self.name.removesuffix("-in").removesuffix("-fix")
         self.preset = PRESETS[preset].get(family, PRESETS[preset][""])
         self.settings = self.preset.settings if steps is None else replace(self.preset.settings, steps=steps)
         if isinstance(space, str):
-            import search_spaces  # not at the top, so that a copy of this file alone can score objects
+            import search_spaces  # not at the top, so that this file alone can score spaces that are objects
             space = search_spaces.get(space, **self.preset.sizes)
         self.space, self.seeds, self.device = space, range(seed, seed + seeds), device or find_devices(None)[0]
 
@@ -869,38 +881,39 @@ class Scorer:
         check(type(self.task) is type(read_task(self.own_task)), "task", task, f"one like {self.own_task}")
         self.images = None if images == "synthetic" else read_images(images, self.settings.batch)
         self.images_name = images if self.images is None else f"sha256 {digest_of(self.images.numpy().tobytes())}"
-        self.drawn_task, self.regressions = self.task, {}  # the regressions of this task, by seed
+        self.cached_task, self.regressions = self.task, {}  # the regressions of this task, by seed
         self.record, self.progress = Record(), Progress()
-        self.train: Callable[[list[Item]], Iterable[Result]] = self.train_here  # the command line may set another
+        self.train: Callable[[list[Item]], Iterable[Result]] = self.train_here  # the command line may use processes
 
     def __call__(self, archs: list[Any], task: AnyTask | None = None, seeds: range | None = None) -> list[float]:
         """Return the scores. `task` and `seeds` replace the scorer's own."""
         task, seeds, known = task or self.task, seeds or self.seeds, self.record.known
         keys, digest = [self.space.key(arch) for arch in archs], task_digest(task)
         arch_of = dict(zip(keys, archs))
-        asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # trainings, and how often each
+        asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # runs, and how often each is asked for
 
-        self.progress.advance(sum(asked[name] for name in asked if name in known))
-        items = [(name, task, arch_of[name[2]]) for name in asked if name not in known]
-        for name, trained in (self.train if len(items) > 1 else self.train_here)(items):
-            self.record.add(name, self.space.format(arch_of[name[2]]), trained)
-            self.progress.advance(asked[name], new=1)
+        self.progress.advance(sum(asked[run] for run in asked if run in known))
+        items = [(run, task, arch_of[run[2]]) for run in asked if run not in known]
+        train = self.train if len(items) > 1 else self.train_here
+        for run, trained in train(items):
+            self.record.add(run, self.space.format(arch_of[run[2]]), trained)
+            self.progress.advance(asked[run], new=1)
 
         weights = self.weights(task)
         return [sum(score(weights, known[digest, seed, key]) for seed in seeds) / len(seeds) for key in keys]
 
     def train_here(self, items: list[Item]) -> Iterator[Result]:
         """Train the items in this process."""
-        for name, task, arch in items:
-            regression = self.regression(task, name[1])
+        for run, task, arch in items:
+            regression = self.regression(task, run[1])
             start = time.perf_counter()
             trained = regression(self.space, arch)
-            yield name, trained._replace(seconds=round(time.perf_counter() - start, 3))
+            yield run, trained._replace(seconds=round(time.perf_counter() - start, 3))
 
     def regression(self, task: AnyTask, seed: int) -> Regression:
-        """Return the regression of a task and a seed. Those of the last task are kept."""
-        if task != self.drawn_task:
-            self.drawn_task, self.regressions = task, {}
+        """Return the regression of a task and a seed. Those of the last task are cached."""
+        if task != self.cached_task:
+            self.cached_task, self.regressions = task, {}
         if seed not in self.regressions:
             images = synthetic_images(seed, self.settings.batch) if self.images is None else self.images
             kind = Regression if isinstance(task, Task) else RnnRegression
@@ -908,19 +921,19 @@ class Scorer:
         return self.regressions[seed]
 
     def trained(self, arch: Any, task: AnyTask | None = None) -> list[Trained]:
-        """Return the trainings of an architecture that was scored, one for each seed of the scorer."""
+        """Return the training runs of an architecture that was scored, one for each seed of the scorer."""
         return [self.record.known[task_digest(task or self.task), seed, self.space.key(arch)] for seed in self.seeds]
 
     def weights(self, task: AnyTask) -> dict[str, float]:
-        """Return the weights of a task's score: its own, or else the preset's. Those of single stages were chosen for
-        the preset's own task and number of steps, so they hold for no other."""
+        """Return the score weights of a task: its own, or else the preset's. Another task or number of steps than the
+        preset's keeps only two of these, as the losses of single stages would mean something else."""
         weights = self.preset.weights
         if task != read_task(self.own_task) or self.settings != self.preset.settings:
             weights = {term: weights[term] for term in ("log loss", "log params") if term in weights}
         return task.weights or weights
 
     def made_with(self) -> dict[str, Any]:
-        """Return all that a training depends on besides its name, in the form of the record's first line."""
+        """Return the settings that all runs of a record share, as JSON reads them."""
         path = self.name.rpartition(":")[0]  # of a FILE.py:CLASS
         return json.loads(json.dumps({
             "losses": RECORD_VERSION, "space": self.name, "file": path and digest_of(Path(path).read_bytes()),
@@ -942,50 +955,49 @@ def read_images(path: str, batch: int) -> Tensor:
         with isolated(), torch.device("cpu"):
             images = torch.from_numpy(values)
             images = images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images
-            check(bool(images.std((0, 2, 3)).min() > 0), "colours", "one that is the same everywhere", "varied ones")
+            check(bool(images.std((0, 2, 3)).min() > 0), "one of the colours is the same everywhere")
             return resized(normalised(images), 32)
     except (EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"images {path}: {error}; expected a .npy or .npz array") from None
+        raise ValueError(f"images {path}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------- record and progress
-RECORD_VERSION = 6  # raised when equal settings give other losses or lines than before; no record mixes two versions
+# --------------------------------------------------------------------------------------- record and progress
+RECORD_VERSION = 6  # increased when the same settings give other losses or lines; no record mixes two versions
 
 
 class Record:
-    """The trainings that are known, by name; and their file, a line of settings, then one line for each training.
+    """The training runs that are known, and their file. Its first line has the settings, each other line one run.
 
-    A line is flushed as soon as its training is done. An existing file is read, so that a run goes on where it stopped;
-    a torn last line is dropped with a warning. ValueError, and the file stays as it is, if it was made with other
-    settings or is no record.
+    A line is flushed as soon as its run is done. If the file exists, its runs are read, so that a program goes on where
+    it stopped; an incomplete last line is dropped with a warning. ValueError if the file was made with other settings
+    or is no record; then it is not changed.
     """
 
     def __init__(self, path: str | None = None, settings: dict[str, Any] | None = None):
-        self.known: dict[Name, Trained] = {}
+        self.known: dict[Run, Trained] = {}
         self.file = open(path, "a+b") if path else None
         content = Path(path).read_bytes() if path else b""
         if not content:
             return self.write({"settings": settings})
         *lines, torn = content.split(b"\n")
         is_record = content[:14] == b'{"settings": {' and len(lines) > 0
-        check(is_record, f"{path}: first line", content[:30], "a line of settings, or another --out file")
+        check(is_record, f"{path}: the first line has no settings; use another --out file")
         made_with = json.loads(lines[0])["settings"]
         for name in settings | made_with:
-            check(settings.get(name) == made_with.get(name), f"{path}: {name} of this run", settings.get(name),
-                  f"{made_with.get(name)!r:.80} as there, or another --out file")
+            mine, other = settings.get(name), made_with.get(name)
+            check(mine == other, f"{path}: it has {name} {other!r:.80}, not {mine!r:.80}; use another --out file")
         for line in lines[1:]:
             task, seed, key, _, loss, *rest = json.loads(line).values()
             self.known[task, seed, key] = Trained(math.inf if loss is None else loss, *rest)
         if torn:
-            print(f"gennas: {path}: the torn last line is dropped", file=sys.stderr)
+            print(f"gennas: {path}: the incomplete last line is dropped", file=sys.stderr)
             self.file.truncate(len(content) - len(torn))
 
-    def add(self, name: Name, arch: str, trained: Trained) -> None:
-        self.known[name] = trained
-        task, seed, key = name
+    def add(self, run: Run, arch: str, trained: Trained) -> None:
+        self.known[run] = trained
         losses = [[finite(loss) for loss in curve] for curve in trained.losses]
-        self.write({"task": task, "seed": seed, "key": key, "arch": arch, "loss": finite(trained.loss),
-                    "losses": losses, "params": trained.params, "seconds": trained.seconds})
+        line = dict(zip(("task", "seed", "key"), run)) | {"arch": arch} | trained._asdict()
+        self.write(line | {"loss": finite(trained.loss), "losses": losses})
 
     def write(self, line: dict[str, Any]) -> None:
         if self.file:
@@ -999,7 +1011,7 @@ def finite(value: float) -> float | None:
 
 
 class Progress:
-    """The progress of a run of `total` trainings, printed to stderr every ten seconds; with a total of 0, never."""
+    """Prints to stderr, at most every ten seconds, how many of `total` runs are done; nothing if the total is 0."""
 
     def __init__(self, total: int = 0):
         self.total, self.done, self.new = total, 0, 0
@@ -1013,9 +1025,9 @@ class Progress:
             print(f"{self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------- workers
+# --------------------------------------------------------------------------------------------------- workers
 def find_devices(name: str | None) -> list[str]:
-    """Return the devices that `--device` means, one for each worker. ValueError for one that this machine lacks."""
+    """Return the devices of a `--device` option, one for each worker. ValueError if this machine has no such device."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus, cpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())], ["cpu"] * cores
     devices = {None: gpus or cpus, "cpu": cpus, "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
@@ -1024,7 +1036,7 @@ def find_devices(name: str | None) -> list[str]:
 
 
 def start_worker(options: dict[str, Any], devices: Any) -> None:
-    """Start a process that trains with a Scorer and a device of its own, and ends when its parent is gone."""
+    """Prepare a process of the pool: it gets a Scorer and a device, and ends when its parent process is gone."""
     global worker
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1036,11 +1048,11 @@ def work(item: Item) -> Result:
 
 
 def train_in_pool(pool: ProcessPoolExecutor, items: list[Item]) -> Iterator[Result]:
-    """Train the items in the processes of a pool on this machine, which start when they are first needed. If one
-    raises, those that have not begun are cancelled, and what was done is yielded before the error is raised."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit this: Ctrl-C is for this one alone
+    """Train the items in the processes of a pool on this machine. If an item fails, the items that have not begun are
+    cancelled, the results of the others are yielded, and then the error is raised."""
+    handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # processes that start now ignore Ctrl-C, too
     futures = [pool.submit(work, item) for item in items]
-    signal.signal(signal.SIGINT, handler)
+    os_signal.signal(os_signal.SIGINT, handler)
     failed = None
     for future in as_completed(futures):
         if future.cancelled() or future.exception():
@@ -1050,17 +1062,17 @@ def train_in_pool(pool: ProcessPoolExecutor, items: list[Item]) -> Iterator[Resu
         else:
             yield future.result()
     if failed:
-        failed.result()  # raises its error
+        failed.result()  # raises the error
 
 
 def train_in_ranks(scorer: Scorer, items: list[Item]) -> Iterator[Result]:
-    """Train the items in all ranks of torchrun, on one machine or several; called in rank 0."""
+    """Train the items in all ranks of torchrun, on one machine or several; this is called in rank 0."""
     for chunk in chunks(items, 8 * distributed.get_world_size()):
         yield from train_share(scorer, broadcast(chunk))
 
 
 def train_share(scorer: Scorer, items: list[Item]) -> Iterator[Result]:
-    """Train this rank's share of a chunk. In rank 0, yield what all ranks trained, then raise what one of them raised."""
+    """Train this rank's share of a chunk. In rank 0, yield the results of all ranks, then raise the first error."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     results, error = [], None
     try:
@@ -1070,16 +1082,16 @@ def train_share(scorer: Scorer, items: list[Item]) -> Iterator[Result]:
         error = raised
     shares = [None] * world if rank == 0 else None
     distributed.gather_object((results, error), shares)
-    for results, _ in shares or []:
-        yield from results
-    for _, error in shares or []:
-        if error:
+    if rank == 0:
+        for results, _ in shares:
+            yield from results
+        for error in [error for _, error in shares if error]:
             raise error
 
 
 def serve(scorer: Scorer) -> None:
-    """Train shares in a rank other than 0. ValueError if its networks would be trained otherwise than those of rank 0."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a broadcast waits where Python handles no signal
+    """Train shares in a rank other than 0. ValueError if its settings differ from those of rank 0."""
+    os_signal.signal(os_signal.SIGINT, os_signal.SIG_DFL)  # Python could not handle Ctrl-C during a broadcast
     mine, settings = scorer.made_with(), broadcast() or {}
     for name in settings:
         check(mine[name] == settings[name], f"{name} of a rank", mine[name], f"{settings[name]!r:.80} as in rank 0")
@@ -1088,7 +1100,7 @@ def serve(scorer: Scorer) -> None:
 
 
 def broadcast(value: Any = None) -> Any:
-    """Send from rank 0 to the others: the settings, then chunks, and at the end None."""
+    """Return the value of rank 0 in all ranks: first the settings, then chunks of items, at the end None."""
     values = [value]
     distributed.broadcast_object_list(values)
     return values[0]
@@ -1098,16 +1110,16 @@ def chunks(items: list, size: int) -> Iterator[list]:
     return (items[start:start + size] for start in range(0, len(items), size))
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------- pictures
 def plot_signals(scorer: Scorer, path: str, count: int = 8) -> None:
-    """Draw each signal of a task and their sums, a line each: maps of the first image, or one map of each sequence."""
+    """Draw a row for each signal of a task and for each sum: maps of the first image, or the first sequences."""
     from matplotlib.figure import Figure
     task, settings, seed, lines = scorer.task, scorer.settings, scorer.seeds[0], []
     images = scorer.regression(task, seed).input.cpu()
     totals = task.draw(images, seed, settings.batch, settings.size)
     for (name, (signals, shape)), total in zip(task.parts(settings.batch, settings.size).items(), totals):
-        lines += [(f"{name}\n{signal.level} {signal.basis}", signal.maps(shape, images, name, seed).expand(shape))
-                  for signal in signals]
+        for signal in signals:
+            lines.append((f"{name}\n{signal.level} {signal.basis}", signal.maps(shape, images, name, seed)))
         lines.append((f"{name}\nsum", total))
 
     figure = Figure(layout="constrained", figsize=(2 + 0.8 * count, len(lines)))
@@ -1134,21 +1146,21 @@ def plot_lines(path: str, labels: tuple[str, str], *lines: tuple[str, Any, Any, 
     figure.savefig(path, dpi=100)
 
 
-def plot_history(path: str, history: list[tuple[Any, float]], label: str, title: str = "") -> None:
+def plot_history(path: str, history: Scored, label: str, title: str = "") -> None:
     """Draw the scores of an evolution and the best so far."""
     scores, numbers = [value for _, value in history], range(1, len(history) + 1)
     plot_lines(path, ("candidates evaluated", label), ("candidate", numbers, scores, "."),
                ("best so far", numbers, np.minimum.accumulate(scores), "-"), title=title)
 
 
-# ------------------------------------------------------------------------------------------------------ modes
-# A mode checks its input, calls `begin`, prints its result, and returns what --json adds to it.
-def begin(scorer: Scorer, args: argparse.Namespace, trainings: int) -> None:
-    """Open the record and tell what is run."""
+# ----------------------------------------------------------------------------------------------------- modes
+# A mode reads and checks its input, calls `begin`, prints its result, and returns the fields for --json.
+def begin(scorer: Scorer, args: argparse.Namespace, runs: int) -> None:
+    """Open the record, and print what begins."""
     task = None if args.mode == "search-task" else json.loads(task_to_json(replace(scorer.task, weights=None)))
     scorer.record = Record(args.out, scorer.made_with() | {"task": task})
     if not args.quiet:
-        scorer.progress = Progress(trainings)
+        scorer.progress = Progress(runs)
         print(f"gennas: {args.mode} {scorer.name}, {f'task {args.task or scorer.own_task}, ' if task else ''}"
               f"{scorer.settings.steps} steps, images {scorer.images_name}, on {scorer.device}", file=sys.stderr)
 
@@ -1161,22 +1173,22 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     """Search for the architecture with the best score."""
     space, limits = scorer.space, {"params": args.max_params, "flops": args.max_flops}
     limits = {name: limit for name, limit in limits.items() if limit}
-    check("flops" not in limits or bool(getattr(space, "flops", None)), "--max-flops", args.max_flops,
-          f"--max-params, as {scorer.name} counts no operations")
+    counts_flops = bool(getattr(space, "flops", None))
+    check("flops" not in limits or counts_flops, f"--max-flops: {scorer.name} counts no operations; use --max-params")
     draw, mutate = (partial(draw_within, limits, space, method) for method in (space.random, space.mutate))
-    draw(random.Random(args.seed))  # limits that nothing meets are told before anything is trained
+    draw(random.Random(args.seed))  # if nothing meets the limits, this fails before anything is trained
 
-    # Without a finale, the best network is looked up by the search's own seeds.
-    first = scorer.seeds.stop
-    seeds, finalists = (range(first, first + 2), args.finalists) if args.finalists else (scorer.seeds, 1)
+    seeds, finalists = range(scorer.seeds.stop, scorer.seeds.stop + 2), args.finalists
+    if not finalists:  # the best network keeps the score that it has
+        seeds, finalists = scorer.seeds, 1
     begin(scorer, args, (args.population + args.cycles) * args.seeds + finalists * len(seeds))
     history, best = search_architecture(draw, mutate, space.key, scorer, partial(scorer, seeds=seeds),
                                         random.Random(args.seed), finalists, **args.evolution)
     unique = len(distinct(history, space.key))
-    check(best[0][1] < math.inf, f"scores of {unique} networks", best[0][1], "a finite one: all diverged")
+    check(best[0][1] < math.inf, f"all {unique} networks diverged")
 
     results = [result_of(space, arch, value) for arch, value in best]
-    print(f"{results[0]['arch']}\nscore {best[0][1]:.4f}{' in the finale' * bool(args.finalists)}, "
+    print(f"{results[0]['arch']}\nscore {best[0][1]:.4f}{' in the finale' if args.finalists else ''}, "
           f"{results[0]['params']:,} parameters; {len(history)} evaluated architectures, {unique} different networks")
     if args.finalists:
         print(f"\nFinale, by seeds {seeds[0]} and {seeds[1]}:\nrank     score   parameters  architecture")
@@ -1187,9 +1199,9 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     return results[0] | {"evaluated": len(history), "unique": unique, "finalists": results[:args.finalists]}
 
 
-def draw_within(limits: dict[str, int], space: Any, draw: Callable, *given: Any) -> Any:
-    """Call draw(*given) until the benchmark's own network is within limits, such as {"params": 1_000_000}."""
-    for arch in (draw(*given) for _ in range(500)):
+def draw_within(limits: dict[str, int], space: Any, draw: Callable, *args: Any) -> Any:
+    """Call draw(*args) until the benchmark's own network is within limits, such as {"params": 1_000_000}."""
+    for arch in (draw(*args) for _ in range(500)):
         if all(getattr(space, name)(arch) <= limit for name, limit in limits.items()):
             return arch
     words = " and ".join(f"--max-{name} {limit:,}" for name, limit in limits.items())
@@ -1200,31 +1212,32 @@ def run_score(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     """Score given architectures."""
     texts, space = sys.stdin.read().splitlines() if args.arch == ["-"] else args.arch, scorer.space
     archs = [space.parse(text) for text in texts if text.strip()]
-    check(bool(archs), "--mode score", args.arch, "ARCH [ARCH ...], or - and one a line on stdin")
+    check(bool(archs), "--mode score needs an ARCH, or - and one a line on stdin")
 
     begin(scorer, args, len(archs) * args.seeds)
     print(f"{'score':>9} {'parameters':>12} {'seconds':>8}  architecture")
-    results = []
+    results, lines = [], {}
     for chunk in chunks(archs, 8 * args.workers):
         for arch, value in zip(chunk, scorer(chunk)):
-            seconds = round(sum(trained.seconds for trained in scorer.trained(arch)), 3)
+            trained = scorer.trained(arch)
+            seconds = round(sum(run.seconds for run in trained), 3)
             results.append(result_of(space, arch, value) | {"seconds": seconds})
             print("{:>9.4f} {params:>12,} {seconds:>8.2f}  {arch}".format(value, **results[-1]), flush=True)
+            losses = np.array(trained[0].losses[-1], float)
+            lines[space.key(arch)] = results[-1]["arch"][:70], range(len(losses)), losses, "-"
     if args.plot:
-        curves = [(arch, np.array(scorer.trained(arch)[0].losses[-1], float)) for arch in archs]
-        plot_lines(args.plot, ("training steps", "loss of the last stage"), *(
-            (space.format(arch)[:70], range(len(losses)), losses, "-") for arch, losses in distinct(curves, space.key)))
+        plot_lines(args.plot, ("training steps", "loss of the last stage"), *lines.values())
     return {"results": results}
 
 
 def read_labels(scorer: Scorer, args: argparse.Namespace) -> tuple[list, list]:
-    """Return the first --limit labels (architecture, value); and those of the others that are of other networks."""
+    """Return the first --limit labels (architecture, value), and the others whose networks are not among these."""
     import search_spaces
     space = scorer.space
     labels = search_spaces.load_labels(space, args.labels) if args.labels else getattr(space, "labels", None)
-    check(bool(labels), "--labels", args.labels, f"a FILE, as {scorer.name} has no labels of its own")
+    check(bool(labels), f"--labels FILE is needed, as {scorer.name} has no labels of its own")
     first, others = labels[:args.limit], labels[args.limit or len(labels):]
-    check(len({value for _, value in first}) > 1, f"values of {len(first)} labels", first[0][1], "different ones")
+    check(len({value for _, value in first}) > 1, f"{len(first)} labels: expected at least two different values")
     seen = {space.key(arch) for arch, _ in first}
     return first, [(arch, value) for arch, value in others if space.key(arch) not in seen]
 
@@ -1235,11 +1248,11 @@ def run_correlate(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     begin(scorer, args, len(archs) * args.seeds)
     scores, values = np.array(scorer(list(archs))), np.array(values)
     rho, tau, interval = (statistic(-scores, values) for statistic in (spearman, kendall, spearman_interval))
-    check(not math.isnan(rho), f"scores of {len(archs)} networks", scores[0], "different ones")
+    check(not math.isnan(rho), f"the scores of {len(archs)} networks are all the same, {scores[0]}")
     by_params = spearman([scorer.space.params(arch) for arch in archs], values)
-    best = values >= np.quantile(values, 0.9)  # among these a search must choose
+    best = values >= np.quantile(values, 0.9)  # a search must choose among these
     in_best = spearman(-scores[best], values[best]) if best.sum() >= 10 else math.nan
-    seconds = sum(trained.seconds for arch in archs for trained in scorer.trained(arch)) / len(archs)
+    seconds = sum(run.seconds for arch in archs for run in scorer.trained(arch)) / len(archs)
 
     summary = "spearman {:.3f} [{:.3f}, {:.3f}], kendall {:.3f}, {} networks".format(rho, *interval, tau, len(archs))
     print(f"{summary}\nthe parameter count alone: spearman {by_params:.3f}\namong the best tenth by recorded value: "
@@ -1251,7 +1264,7 @@ def run_correlate(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
-    """Search for the task whose score ranks labelled architectures best, and fit the weights of its score to them."""
+    """Search for the task whose scores rank labelled architectures best, and fit its score weights to the labels."""
     labels, others = read_labels(scorer, args)
     labels, kind = distinct(labels, scorer.space.key), type(scorer.task)
     draw, mutate = (random_task, mutate_task) if kind is Task else (random_rnn_task, mutate_rnn_task)
@@ -1264,14 +1277,12 @@ def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
                           **args.evolution)
     task, value = min(history, key=lambda pair: pair[1])
     weights, rho = fit_weights([scorer.trained(arch, task)[0] for arch, _ in labels], [value for _, value in labels])
-    if fitted := rho > -value:
-        task = replace(task, weights=weights)
-    else:
-        rho = -value
+    fitted = rho > -value
+    task, rho = (replace(task, weights=weights), rho) if fitted else (task, -value)
 
     print(task_to_json(task))
     result = {"task": json.loads(task_to_json(task)), "n": len(labels), "spearman": rho, "evaluated": len(history)}
-    summary = f"spearman {rho:.3f} on {len(labels)} networks{', leave-one-out, by fitted weights' * fitted}"
+    summary = f"spearman {rho:.3f} on {len(labels)} networks{', leave-one-out, by fitted weights' if fitted else ''}"
     if len({value for _, value in others}) > 1:
         result |= {"n_held_out": len(others), "spearman_held_out": rho_of(scorer, others, task)}
         summary += f"; {result['spearman_held_out']:.3f} on {len(others)} others"
@@ -1282,13 +1293,13 @@ def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def rho_of(scorer: Scorer, labels: list, task: AnyTask) -> float:
-    """Return Spearman's rho of a task's scores, with the sign turned, with labels. An undefined rho counts 0."""
+    """Return Spearman's rho between a task's negated scores and labels (architecture, value), or 0 if undefined."""
     archs, values = zip(*labels)
     return float(np.nan_to_num(spearman(-np.array(scorer(list(archs), task)), values)))
 
 
 def run_show(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
-    """Show a task as JSON, the formula of its score and, with --plot, its signals."""
+    """Print a task as JSON and the formula of its score; with --plot, draw its signals."""
     formula = " ".join(f"{weight:+g} {term}" for term, weight in scorer.weights(scorer.task).items())
     chosen = "" if scorer.task.weights or formula == "+1 log loss" else "; the weights were chosen on labels"
     print(f"gennas: score = {formula}{chosen}", file=sys.stderr)
@@ -1298,29 +1309,29 @@ def run_show(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-# ----------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------- command line
 MODES = {"search": run_search, "score": run_score, "correlate": run_correlate, "search-task": run_search_task,
          "show": run_show}
 SEARCHES, LABELLED, SCORES = ("search", "search-task"), ("correlate", "search-task"), ("search", "score", "correlate")
-OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belongs to, help
-    "task": ("NAME|FILE.json", MODES, "what a network must regress (the task of the space)"),
-    "steps": ("N", MODES, "number of training steps; with 0 nothing is trained (the preset's)"),
-    "images": ("synthetic|FILE", MODES, "a .npy or .npz array (N, H, W, 3) or (N, 3, H, W), uint8 or in [0, 1]"),
+OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belongs to, help with the default
+    "task": ("NAME|FILE.json", MODES, "what a network must regress (the task of preset or space)"),
+    "steps": ("N", MODES, "number of training steps; 0 trains nothing (the preset's)"),
+    "images": ("synthetic|FILE", MODES, "or a .npy or .npz array (N, H, W, 3) or (N, 3, H, W), uint8 or in [0, 1]"),
     "seed": ("N", MODES, "seed of images, signals, parameters, noise and search (0)"),
-    "seeds": ("N", SCORES, "a score is the mean over N seeds, from --seed up (1)"),
+    "seeds": ("N", SCORES, "the score is the mean over N seeds, from --seed up (1)"),
     "device": ("cpu|cuda[:N]", MODES, "device that trains (cuda if there is one)"),
-    "population": ("N", SEARCHES, "size of the queue (50; for tasks 10, with --preset paper 50)"),
-    "tournament": ("N", SEARCHES, "how many members are drawn to mutate the best of them (10; for tasks 5, paper 10)"),
-    "cycles": ("N", SEARCHES, "number of children after the first population (400; for tasks 20, paper 400)"),
-    "batch": ("N", SEARCHES, "how many children are made from one queue (16; for tasks and paper 1)"),
-    "finalists": ("N", ("search",), "how many of the best are trained again with two new seeds (10; paper 0)"),
-    "max-params": ("N", ("search",), "largest number of parameters of the benchmark's own network"),
-    "max-flops": ("N", ("search",), "largest number of operations for one image; a multiply-add is two"),
+    "population": ("N", SEARCHES, "size of the queue (50; search-task 10, with --preset paper 50)"),
+    "tournament": ("N", SEARCHES, "size of the tournament that selects a parent (10; search-task 5, with paper 10)"),
+    "cycles": ("N", SEARCHES, "number of children after the first population (400; search-task 20, with paper 400)"),
+    "batch": ("N", SEARCHES, "number of children made before they enter the queue (16; search-task and paper 1)"),
+    "finalists": ("N", ("search",), "number of the best that are trained again with two new seeds (10; paper 0)"),
+    "max-params": ("N", ("search",), "largest number of parameters of the benchmark's full network"),
+    "max-flops": ("N", ("search",), "and of its operations for one image; a multiply-add is two"),
     "labels": ("FILE", LABELLED, "a JSON list of [architecture, value]; a higher value is better"),
     "limit": ("N", LABELLED, "use the first N labels; search-task tests its result on the others"),
-    "workers": ("N", MODES, "number of processes that train (one for each GPU or CPU core)"),
-    "out": ("FILE.jsonl", (*SCORES, "search-task"), "record of all trainings, from which the same command resumes"),
-    "plot": ("FILE.png", MODES, "draw the result; needs matplotlib"),
+    "workers": ("N", MODES, "number of processes that train (one for each GPU, or for each CPU core)"),
+    "out": ("FILE.jsonl", (*SCORES, "search-task"), "record of all training runs; the same command resumes from it"),
+    "plot": ("FILE.png", MODES, "save a figure of the result; needs matplotlib"),
 }
 
 
@@ -1334,7 +1345,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Defaults are in parentheses.")
     parser.error = lambda message: fail(2, f"error: {message}")
     option = parser.add_argument
-    option("arch", nargs="*", metavar="ARCH", help="architecture to score, as its benchmark spells it; - reads stdin")
+    option("arch", nargs="*", metavar="ARCH", help="architecture to score, as its benchmark writes it; - reads stdin")
     option("--space", required=True, metavar="NAME", help=f"{', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
     option("--mode", choices=MODES, default="search", help="what to do (search)")
     option("--preset", choices=PRESETS, default="fast", help="how networks are trained and scored (fast)")
@@ -1373,19 +1384,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Wrong input gives one line on stderr and an exit status."""
-    global pool  # a thread of the pool holds it weakly; it must live until that thread has cancelled what is left
+    global pool  # the pool's own thread has only a weak reference, and must still cancel items after Ctrl-C
     clock, args, pool, wrong = time.perf_counter(), parse_arguments(argv), None, None
-    kept = f"; what was trained is in {args.out}, and the same command goes on from there" if args.out else ""
+    kept = f"; what was trained is in {args.out}, the same command goes on from there" if args.out else ""
     try:
         if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
             distributed.init_process_group("gloo", timeout=timedelta(days=99))
         devices, rank = find_devices(args.device), int(os.environ.get("LOCAL_RANK", 0))
         options = {name: getattr(args, name) for name in ("space", "preset", "images", "seed", "steps", "seeds")}
-        if torchrun and distributed.get_rank():  # needs neither the task file nor the labels
+        if torchrun and distributed.get_rank():  # each item brings its task, so no other file is needed here
             return serve(Scorer(**options, device=devices[rank % len(devices)]))
         scorer = Scorer(**options, task=args.task, device=devices[rank % len(devices)])
         if args.plot:  # what is wrong with it is told before anything is computed
-            check(find_spec("matplotlib") is not None, "--plot", "here", "matplotlib, from: pip install matplotlib")
+            check(find_spec("matplotlib") is not None, "--plot needs matplotlib: pip install matplotlib")
             fits = Path(args.plot).suffix in (".png", ".pdf", ".svg") and args.plot != args.out
             check(fits, "--plot", args.plot, "a .png, .pdf or .svg file, and another than --out")
             open(args.plot, "ab").close()
@@ -1409,7 +1420,7 @@ def main(argv: list[str] | None = None) -> None:
         wrong = str(error) or repr(error)
     finally:
         if pool:
-            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)  # after Ctrl-C no worker is waited for
+            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)  # after Ctrl-C, do not wait for workers
     if torchrun:
         broadcast()
     if wrong:

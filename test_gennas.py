@@ -478,11 +478,15 @@ def test_evolution_by_hand(batch, places, queues, found, sizes):
 
 
 def test_finale_by_hand():
-    """The old scores choose who is trained again, each network once; the new ones alone rank them."""
-    asked, history = [], [("a", 3.0), ("B", 2.0), ("c", 9.0), ("b", 2.0), ("D", 4.0), ("A", 3.0)]
-    new = {"B": 7.0, "a": math.inf, "D": 6.0}
-    best = gennas.finale(history, str.lower, lambda archs: asked.append(archs) or [new[arch] for arch in archs], 3)
-    assert best == [("D", 6), ("B", 7), ("a", math.inf)] and asked == [["B", "a", "D"]]
+    """The old scores choose who is scored anew, each network once; the new ones alone rank them."""
+    drawn, asked = iter("aBcbDA"), []
+    old, new = dict(a=3.0, b=2.0, c=9.0, d=4.0), dict(b=7.0, a=math.inf, d=6.0)
+    history, best = gennas.search_architecture(
+        lambda rng: next(drawn), None, str.lower, lambda archs: [old[arch.lower()] for arch in archs],
+        lambda archs: asked.append(archs) or [new[arch.lower()] for arch in archs], random.Random(0), finalists=3,
+        population=6, cycles=0)
+    assert [arch for arch, _ in history] == [*"aBcbDA"] and asked == [["B", "a", "D"]]
+    assert best == [("D", 6), ("B", 7), ("a", math.inf)]
 
 
 @pytest.mark.parametrize("kind, draw, mutate", [
@@ -621,12 +625,12 @@ def test_record(run, result, refused, tmp_path):
     assert len(recorded(out)) == 6
     out.write_text(out.read_text()[:-9])
     stderr = run(*command, "--seeds", 3)[-1]
-    assert "torn last line is dropped" in stderr and len(recorded(out)) == 6
+    assert "incomplete last line is dropped" in stderr and len(recorded(out)) == 6
     for option, value, named in (("--steps", 1, "steps"), ("--task", "combo", "task"), ("--preset", "paper", "sizes")):
-        refused([f"out.jsonl: {named} of this run", "another --out file"], *command, option, value)
+        refused([f"out.jsonl: it has {named} ", "another --out file"], *command, option, value)
     for foreign in ("my notes\n", out.read_text().split("\n")[0]):  # and a line of settings that is torn
         (tmp_path / "notes.txt").write_text(foreign)
-        refused(["notes.txt: first line", "another --out file"], *command[:-1], tmp_path / "notes.txt")
+        refused(["notes.txt: the first line", "another --out file"], *command[:-1], tmp_path / "notes.txt")
         assert (tmp_path / "notes.txt").read_text() == foreign and len(recorded(out)) == 6
 
 
@@ -777,7 +781,7 @@ def test_correlate(result, refused, tmp_path, monkeypatch):
     assert few["spearman_ci"] == [None, None] and few["spearman_best_tenth"] is None
     assert result("--mode", "correlate")["n"] == 20  # the labels that nb201 brings
     labels.write_text(json.dumps([[TINY.format(archs[0]), 1], [TINY.format(archs[0]), 2]]))
-    refused(["scores of 2 networks", "different ones"], "--mode", "correlate", "--labels", labels, "--quiet")
+    refused(["scores of 2 networks are all the same"], "--mode", "correlate", "--labels", labels, "--quiet")
 
 
 def test_search_task(run, result, tmp_path):
@@ -845,17 +849,17 @@ def wrong_files(tmp_path_factory) -> Path:
     ("--batch 51", ["batch 51", "at most the population, 50"]),
     ("abc", ["ARCH belongs to --mode score"]), ("--limit 3", ["limit belongs to --mode correlate or search-task"]),
     ("--mode search-task --seeds 2", ["seeds belongs to"]), ("--mode show --out x.jsonl", ["out belongs to"]),
-    ("--space nb101 --mode search-task", ["--labels", "nb101 has no labels of its own"]),
-    ("--mode score", ["--mode score: expected ARCH"]), ("--mode score abc", ["abc", "nb201", "nor_conv_3x3"]),
-    ("--mode correlate --limit 1", ["1 labels", "different ones"]), ("--task guess", ["guess", "combo"]),
+    ("--space nb101 --mode search-task", ["--labels FILE is needed", "nb101 has no labels of its own"]),
+    ("--mode score", ["--mode score needs an ARCH"]), ("--mode score abc", ["abc", "nb201", "nor_conv_3x3"]),
+    ("--mode correlate --limit 1", ["1 labels", "two different values"]), ("--task guess", ["guess", "combo"]),
     ("--mode correlate --labels absent.json", ["absent.json", "No such file"]),
     ("--mode correlate --labels other.json", ["other.json, entry 1", "nb201"]), ("--task text.json", ["text.json"]),
     ("--task task.json", ["task.json", "level", "0 to 10", "99"]), ("--task nlp", ["nlp", "one like nb101"]),
     ("--images grey.npy", ["grey.npy", "(20, 32, 32)"]), ("--images few.npy", ["few.npy", "at least 8"]),
     ("--images range.npy", ["range.npy", "from 0 to 1"]), ("--images flat.npy", ["flat.npy", "same everywhere"]),
-    ("--images text.npz", ["text.npz", "expected"]), ("--space nbnlp --max-flops 9", ["--max-params, as nbnlp counts"]),
+    ("--images text.npz", ["images text.npz"]), ("--space nbnlp --max-flops 9", ["nbnlp counts no operations; use --max-params"]),
     ("--space infinite.py:Plain --max-params 9", ["none of 500 draws is within --max-params 9"]),
-    ("--space infinite.py:Plain --population 3 --cycles 0 --quiet", ["networks: expected a finite one"]),
+    ("--space infinite.py:Plain --population 3 --cycles 0 --quiet", ["networks diverged"]),
     ("--space named.py:Plain", ["no 'Plain' in"]), ("--space tasked.py:Plain", ["guess"]), ("--out .", ["directory"]),
     ("--space short.py:Plain --quiet", ["feature maps: expected 3, not 1"]),
     ("--space alone.py:Plain --population 8 --quiet", ["no neighbour"]),
@@ -1375,7 +1379,7 @@ def test_own_space_with_labels_and_its_file_in_the_record(result, refused, tmp_p
     command = "--space", f"{file}:Plain", "--mode", "correlate", "--out", out
     assert result(*command) == result(*command) and result(*command)["n"] == 3
     file.write_text(file.read_text() + "\n")
-    refused(["out.jsonl: file of this run"], *command)
+    refused(["out.jsonl: it has file "], *command)
 
 
 @pytest.mark.parametrize("code", [block for block in readme_blocks("python") if "class Plain" not in block])
