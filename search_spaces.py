@@ -63,7 +63,7 @@ def spell(graph: Graph) -> str:
 
 
 def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor]) -> list[Tensor]:
-    """Run `ops` on the vertices after the inputs, and return the maps of all, those of the inputs, `maps`, first."""
+    """Run `ops` on the vertices after the inputs, whose maps are `maps`. Return the maps of all vertices, in order."""
     sums: dict[tuple[int, ...], Tensor] = {}  # what several vertices read is summed once
     for (_, inputs), op in zip(graph[len(maps):], ops):
         if inputs not in sums:
@@ -74,7 +74,7 @@ def run_graph(graph: Graph, ops: Iterable[nn.Module], maps: list[Tensor]) -> lis
 
 # ------------------------------------------------------------------------------------------------- operations
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """Make a convolution without bias that keeps the map's size but for the stride."""
+    """Make a convolution without bias, padded so that only the stride changes the size of the map."""
     return nn.Conv2d(c_in, c_out, kernel, stride, dilation * (kernel - 1) // 2, dilation, groups, bias=False)
 
 
@@ -87,19 +87,19 @@ def conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: in
 
 
 def relu_conv_bn(*convs: nn.Conv2d, **norm: bool) -> nn.Sequential:
-    """Put convolutions between a ReLU and a batch norm; `norm`: options of the latter."""
+    """Put convolutions between a ReLU and a batch norm. `norm` has options of the batch norm."""
     return nn.Sequential(nn.ReLU(), *convs, nn.BatchNorm2d(convs[-1].out_channels, **norm))
 
 
 class Sum(nn.Sequential):
-    """The sum of what its two branches make of the input."""
+    """The sum of two branches on the same input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self[0](x) + self[1](x)
 
 
 class FactorizedReduce(nn.Module):
-    """Half the side without losing a position: two strided 1x1 convolutions, the second one pixel further."""
+    """Halve a map without skipping every other position: two strided 1x1 convolutions, the second one pixel further."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -142,12 +142,12 @@ OPS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> constructor(chann
 
 # -------------------------------------------------------------------------------------- what all spaces share
 class SearchSpace:
-    """Mutation, reading and counting, for a space that has
+    """The base class of all spaces. It has `mutate`, `parse`, `params` and `flops`. A subclass has
 
-    neighbour(arch, rng) -> arch    a valid arch that is one random choice away, or `arch` itself; whatever its key
-    graph(arch) -> Graph            the live, canonical one, which `key` spells; or a `key` of its own
-    read(text) -> arch              as `parse`; its ValueError needs to name the wrong part only
-    build(arch, whole=False)        `whole`: the benchmark's own network, dead operations and classifier included
+    neighbour(arch, rng) -> arch    a valid arch that is one random choice away, or `arch` itself; the key may be equal
+    graph(arch) -> Graph            the canonical graph without dead operations, for `key`; or its own `key`
+    read(text) -> arch              like `parse`, but its ValueError names only what is wrong
+    build(arch, whole=False)        with `whole` the benchmark's own network, with dead operations and classifier
     """
     name: str
     task: str  # the task that the authors used for this space; for nbmacro, which they did not use, a choice made here
@@ -192,8 +192,8 @@ class SearchSpace:
 
 
 class Stages(nn.Sequential):
-    """Stages one after the other, each a sequence of blocks. The taps are the outputs of the last three: of their last
-    blocks or, with `all_blocks`, of all their blocks, concatenated."""
+    """Stages one after the other, each a sequence of blocks. The taps are the outputs of the last three stages. With
+    `all_blocks`, a tap is the concatenation of the outputs of all blocks of its stage."""
 
     def __init__(self, *stages: nn.Module, all_blocks: bool = False):
         super().__init__(*stages)
@@ -233,9 +233,9 @@ def another(values: Iterable, value: Any, rng: random.Random) -> Any:
     return rng.choice([v for v in values if v != value])
 
 
-def require(right: bool, wrong: str, *expected: Any) -> None:
-    """Raise ValueError, with what is wrong and what is expected, unless it is right."""
-    if not right:
+def require(condition: bool, wrong: str, *expected: Any) -> None:
+    """Raise ValueError unless the condition holds. The message tells what is wrong and what is expected."""
+    if not condition:
         raise ValueError(wrong + f", expected one of {', '.join(map(str, expected))}" * bool(expected))
 
 
@@ -244,7 +244,7 @@ def require_end(text: str) -> None:
 
 
 def literal(text: str) -> Any:
-    """Return the value of text in JSON or in Python that ends where its first bracket closes; else ValueError."""
+    """Return the value of a text in JSON or Python. ValueError if it is neither, or goes on after its bracket."""
     depths = accumulate((c in "([{") - (c in ")]}") for c in text)
     end = next((i for i, (c, depth) in enumerate(zip(text, depths), 1) if c in ")]}" and depth == 0), 0)
     require(end > 0, f"no closing bracket after {text[-40:]!r}")
@@ -259,7 +259,7 @@ def literal(text: str) -> Any:
 
 
 def value_of(node: ast.expr) -> Any:
-    """Return the value of a Python literal that may have range, list, numpy's array, and Genotype as a dict."""
+    """Return the value of a Python literal, which may contain range, list, tuple, array, and Genotype (as a dict)."""
     match node:
         case ast.Constant(value):
             return value
@@ -287,8 +287,8 @@ class NB201(SearchSpace):
     spelling = f"{NAMES} or {NUMBERS}, each {{}} one of {', '.join(OPS)} or its number 0 to 4"
     EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 
-    # Recorded test accuracies on CIFAR-10, in %: of 600 cells drawn at random, sorted by accuracy, the 16th and every
-    # 30th after it, every other one first. A cell is written as the numbers of its operations.
+    # Recorded test accuracies on CIFAR-10, in %. 600 random cells were sorted by accuracy, and the 16th and every 30th
+    # after it were taken; the first, third, ... of these are listed first. A cell is the numbers of its operations.
     ACCURACIES = {
         "441004": 67.27, "143110": 83.46, "141234": 87.2067, "131020": 88.7767, "201110": 89.6367, "032042": 90.94,
         "044322": 91.71, "333022": 92.1333, "324431": 92.46, "312213": 93.13, "200404": 76.0233, "314144": 86.6633,
@@ -308,7 +308,8 @@ class NB201(SearchSpace):
         return replaced(arch, edge, another(self.OPS, arch[edge], rng))
 
     def graph(self, arch: tuple[str, ...], whole: bool = False) -> Graph:
-        """Return the canonical graph without dead operations, skips resolved to what they carry (`whole`: of all)."""
+        """Return the canonical graph. Dead operations are left out, and a skip is replaced by what it passes on. With
+        `whole`, every operation of the cell stays, in order."""
         graph = [Vertex("input")]
         nodes: list[tuple[int, ...]] = [(0,), (), (), ()]  # the vertices whose sum a node is
         for (source, target), op in zip(self.EDGES, arch):
@@ -334,7 +335,8 @@ class NB201(SearchSpace):
         return self.NAMES.format(*arch)
 
     def build(self, arch: tuple[str, ...], whole: bool = False) -> nn.Module:
-        """Build the network; unless `whole`, cells' batch norms neither learn nor remember, as in GenNAS's code."""
+        """Build the network. Unless `whole`, the batch norms of cells have no parameters and no running statistics, as
+        in GenNAS's code."""
         graph = self.graph(arch, whole)
         width, cells = (16, 5) if whole else (self.width, self.cells)
         if not graph[-1].inputs:
@@ -439,8 +441,8 @@ class NB101(SearchSpace):
         for op in ops[1:-1]:
             require(op in self.OPS, f"op {op!r}")
         for (i, row), j in product(enumerate(matrix), range(n)):
-            right = row[j] in (0, int(j > i))
-            require(right, f"value {row[j]!r} in row {i}, column {j}, expected {'0 or 1' if j > i else '0'}")
+            allowed = (0, 1) if j > i else (0,)
+            require(row[j] in allowed, f"value {row[j]!r} in row {i}, column {j}", *allowed)
         arch = NB101Cell(tuple(tuple(map(int, row)) for row in matrix), tuple(ops))
         edges = self.edges(arch)
         require(0 < edges, "no path from the first vertex to the last")
@@ -462,8 +464,9 @@ class NB101(SearchSpace):
 
 
 class NB101Block(nn.Module):
-    """A NAS-Bench-101 cell. What leaves the input passes a 1x1 convolution of its own. The output's channels are
-    divided among what it reads, the remainder one each to the first; others are as wide as their widest reader."""
+    """A NAS-Bench-101 cell. Each edge from the input has its own 1x1 convolution. The output concatenates the vertices
+    that it reads, so its channels are divided among them, and the first ones get one more each if there is a remainder.
+    Any other vertex is as wide as the widest vertex that reads it."""
 
     def __init__(self, graph: Graph, c_in: int, c_out: int):
         super().__init__()
@@ -491,8 +494,8 @@ class NB101Block(nn.Module):
 # -------------------------------------------------------------------------------------------- NAS-Bench-Macro
 class NBMacro(SearchSpace):
     """NAS-Bench-Macro (Su et al., CVPR 2021): 6,561 networks of 8 layers. An arch is their digits: 0 identity, 1 and 2
-    inverted residuals. Stages of 2, 3 and 3 layers; the first layer of each halves the map (not the first stage's when
-    regressing) and doubles the channels."""
+    inverted residuals. The stages have 2, 3 and 3 layers; the first layer of each doubles the channels and halves the
+    map (unless `whole`, not in the first stage)."""
     name, task = "nbmacro", "combo"
     STAGES = (0, 2), (2, 5), (5, 8)
     spelling = "8 digits, each 0, 1 or 2, or a list of them"
@@ -509,7 +512,7 @@ class NBMacro(SearchSpace):
         return arch[:layer] + another("012", arch[layer], rng) + arch[layer + 1:]
 
     def key(self, arch: str) -> str:
-        """Leave out identities that change no shape."""
+        """Leave out identities, except at the start of a stage, where they change the shape."""
         return " ".join(arch[start] + arch[start + 1:end].replace("0", "") for start, end in self.STAGES)
 
     def read(self, text: str) -> str:
@@ -546,8 +549,9 @@ class NBMacro(SearchSpace):
 
 # --------------------------------------------------------- NDS cell spaces: DARTS, ENAS, PNAS, NASNet, Amoeba
 class Genotype(NamedTuple):
-    """Two cells, as in the code of DARTS; prints as the Python that rebuilds it. Nodes are numbered from 2 (0 and 1 are
-    the two previous cells); a node is the sum of two (operation, input), at 2 i and 2 i + 1 of its cell's list."""
+    """Two cells, as in the code of DARTS; it prints as the Python code that rebuilds it. Inputs 0 and 1 are the two
+    previous cells, and the nodes are numbered from 2. The first node is the sum of the first two (operation, input) of
+    its cell's list, the second node that of the next two, and so on."""
     normal: tuple[tuple[str, int], ...]
     normal_concat: tuple[int, ...]
     reduce: tuple[tuple[str, int], ...]
@@ -565,7 +569,7 @@ class Cells(SearchSpace):
     The network to regress with has 1/`shrink` of the channels."""
     task = "darts"
     COMMON = ("skip_connect", "avg_pool_3x3", "max_pool_3x3", "sep_conv_3x3", "sep_conv_5x5")
-    KINDS = {  # nodes of a cell; whether the output has only the loose ends, which feed no other node; the operations
+    KINDS = {  # number of nodes; whether the output has only the nodes that feed no other node; the operations
         "darts": (4, False, ("none", *COMMON, "dil_conv_3x3", "dil_conv_5x5")),
         "enas": (5, True, COMMON),
         "pnas": (5, False, (*COMMON, "sep_conv_7x7", "dil_conv_3x3", "conv_7x1_1x7")),
@@ -614,8 +618,8 @@ class Cells(SearchSpace):
         return arch._replace(genotype=self.genotype(*cells))
 
     def graphs(self, arch: CellNet, whole: bool = False) -> list[Graph]:
-        """Return the canonical graphs of the normal and of the reduction cell (`whole`: every operation, in order). A
-        skip is resolved to what it carries, except a strided one, which is an operation; a sum of nothing is zero."""
+        """Return the canonical graphs of the normal and of the reduction cell. A skip is replaced by what it passes on,
+        unless it has stride 2; a node without inputs reads a zero. With `whole`, every operation stays, in order."""
         graphs = []
         for reduction, (pairs, concat) in enumerate((arch.genotype[:2], arch.genotype[2:])):
             graph = [Vertex("input 0"), Vertex("input 1")]
@@ -639,7 +643,7 @@ class Cells(SearchSpace):
         return "|".join([*map(spell, self.graphs(arch)), str(arch.width), str(arch.depth)])
 
     def read(self, text: str) -> CellNet:
-        """Read an NDS net dict, or what ends in Genotype(...), which has the fixed width and depth."""
+        """Read an NDS net dict, or a text that ends in Genotype(...), which gets the fixed width and depth."""
         net = literal(text[max(text.find("Genotype("), 0):])
         if "Genotype(" in text:
             net = {"genotype": net, **dict(zip(("width", "depth"), self.default))}
@@ -649,8 +653,8 @@ class Cells(SearchSpace):
         cells = [self.read_pairs(name, genotype[name]) for name in ("normal", "reduce")]
         arch = CellNet(self.genotype(*cells), int(width), int(depth))
         for name in ("normal_concat", "reduce_concat"):
-            right = [*getattr(arch.genotype, name)]
-            require(sorted(genotype[name]) == right, f"{name} {genotype[name]}, expected {right}")
+            concat = [*getattr(arch.genotype, name)]
+            require(sorted(genotype[name]) == concat, f"{name} {genotype[name]}, expected {concat}")
         return arch
 
     def read_pairs(self, name: str, pairs: list) -> tuple[tuple[str, int], ...]:
@@ -673,9 +677,9 @@ class Cells(SearchSpace):
 
 
 class CellNetwork(nn.Module):
-    """Cells in a chain, each on the outputs of the two before it; those at a third and two thirds of the depth are
-    reduction cells, which halve the map and double the width. Taps: before these two, and at the end. Unless `whole`,
-    an ImageNet stem has stride 1."""
+    """A chain of cells; each reads the outputs of the two before it. The cells at a third and two thirds of the depth
+    are reduction cells, which halve the map and double the width. The taps are the maps before these two and at the
+    end. Unless `whole`, an ImageNet stem has stride 1."""
 
     def __init__(self, graphs: list[Graph], width: int, depth: int, imagenet: bool, all_blocks: bool, whole: bool):
         super().__init__()
@@ -689,7 +693,7 @@ class CellNetwork(nn.Module):
 
         reductions = depth // 3, 2 * depth // 3
         self.taps = *(i - 1 for i in reductions), depth - 1
-        self.alive = set(self.taps)  # the cells that reach a tap; what others make is no part of the network
+        self.alive = set(self.taps)  # the cells that reach a tap; the outputs of the others are in no tap
         for i in reversed(range(depth)):
             if i in self.alive:
                 graph = graphs[i in reductions]
@@ -720,7 +724,7 @@ class CellNetwork(nn.Module):
 
 
 class TwoInputCell(nn.Module):
-    """One cell: both inputs brought to its width, its graph, the concatenation of nodes."""
+    """A cell: both inputs are brought to its width and pass its graph, which ends in a concatenation of nodes."""
 
     def __init__(self, graph: Graph, c_prev_prev: int, c_prev: int, width: int, reduction_prev: bool, reduction: bool):
         super().__init__()
@@ -738,11 +742,11 @@ class TwoInputCell(nn.Module):
 class ResidualNet(NamedTuple):
     """An NDS net dict, one entry a stage; the first entry of each list is the stem's."""
     block_type: str
-    ds: tuple[int, ...]  # blocks; the stem's entry is not used
+    ds: tuple[int, ...]  # numbers of blocks; the stem's entry is not used
     ws: tuple[int, ...]  # widths
     ss: tuple[int, ...]  # strides
-    bot_muls: tuple[float, ...] = ()  # bottleneck width over width, of res_bottleneck_block; the stem's is not used
-    num_gs: tuple[int, ...] = ()  # groups of the 3x3 convolution, likewise
+    bot_muls: tuple[float, ...] = ()  # bottleneck width / width, for bottleneck blocks; the stem's is not used
+    num_gs: tuple[int, ...] = ()  # groups of the 3x3 convolution, for bottleneck blocks; the stem's is not used
 
 
 class Residual(SearchSpace):
@@ -773,7 +777,7 @@ class Residual(SearchSpace):
         self.spelling = f"an NDS net dict of block_type, ss, {', '.join(self.choices)}, the first entries the stem's"
 
     def random(self, rng: random.Random) -> ResidualNet:
-        """Draw uniformly, ResNet's blocks and widths log-uniformly; of the block types, the first."""
+        """Draw uniformly, but ResNet's blocks and widths log-uniformly. The block type is always the first."""
         lists = {}
         for field, values in self.choices.items():
             weights = None if self.bottleneck else [1 / value for value in values]
@@ -788,7 +792,7 @@ class Residual(SearchSpace):
         return arch._replace(**{field: replaced(values, stage, another(self.choices[field], values[stage], rng))})
 
     def stages(self, arch: ResidualNet) -> list[tuple]:
-        """Return of each stage: blocks, width, stride, bottleneck width, groups; the last two 0 without bottlenecks."""
+        """Return for each stage: blocks, width, stride, bottleneck width, groups. The last two are 0 for ResNet."""
         stages = zip(arch.ds, arch.ws, arch.ss, arch.bot_muls or repeat(0), arch.num_gs or repeat(0))
         return [(d, w, s, round(w * m), g) for d, w, s, m, g in stages][1:]
 
@@ -796,18 +800,18 @@ class Residual(SearchSpace):
         return json.dumps([arch.block_type, arch.ws[0], arch.ss[0], self.stages(arch)])
 
     def read(self, text: str) -> ResidualNet:
-        """Read an NDS net dict; ResNet's numbers of blocks and widths need not be those that are drawn."""
+        """Read an NDS net dict. It may have blocks and widths of ResNet that `random` does not draw."""
         net, lists = literal(text), {}
         require(net["block_type"] in self.blocks, f"block_type {net['block_type']!r}", *self.blocks)
         require([*net["ss"]] == [*self.strides], f"ss {net['ss']}, expected {[*self.strides]}")
         for field, values in self.choices.items():
             lists[field] = tuple(value if value % 1 else int(value) for value in net[field])
-            found, right = len(lists[field]), len(self.strides)
-            require(found == right, f"{found} {field}, expected {right}")
+            count, stages = len(lists[field]), len(self.strides)
+            require(count == stages, f"{count} {field}, expected {stages}")
             for stage, value in enumerate(lists[field]):
                 if stage == 0 and field != "ws":  # not used
                     require(0 <= value < math.inf, f"{field} {value} of the stem, expected a number >= 0")
-                else:  # a stem may halve its width
+                else:  # a stem has at least 2 channels, as it may halve its width
                     allowed = values if stage and self.bottleneck else range(1 if stage else 2, max(values) + 1)
                     require(value in allowed, f"{field} {value} of stage {stage}, expected one of {allowed}")
         return ResidualNet(net["block_type"], ss=self.strides, **lists)
@@ -816,7 +820,7 @@ class Residual(SearchSpace):
         return json.dumps(arch._asdict())
 
     def build(self, arch: ResidualNet, whole: bool = False) -> nn.Module:
-        """Taps are before the ReLU of a stage's last block, which therefore opens the next stage."""
+        """Build the network. A tap is taken before the ReLU that ends a stage, so this ReLU begins the next stage."""
         entry = self.STEMS[arch.ss[0]](arch.ws[0], 2 if whole else 1)  # ends in a ReLU or a pool of its own
         c_in, network = arch.ws[0], Stages(all_blocks=self.all_blocks)
         shrink = 1 if whole else self.shrink
@@ -851,7 +855,8 @@ class Node(NamedTuple):
 class NBNLP(SearchSpace):
     """NAS-Bench-NLP (Klyuchnikov et al., IEEE Access 2022): recurrent cells. An arch is a recipe: nodes on x, on the
     previous hidden states h_prev_i and on other nodes. The nodes h_new_i become the next hidden states, and h_new_0 is
-    the output. In a `reservoir` the recurrent matrices stay as drawn, as weight drop has it in the authors' code."""
+    the output. In a `reservoir` the recurrent matrices are not trained: in the authors' code, weight drop cuts their
+    gradient."""
     name, task = "nbnlp", "nlp"
     ACTIVATIONS = "activation_tanh", "activation_sigm", "activation_leaky_relu"
     KIN = ACTIVATIONS, ("elementwise_sum", "elementwise_prod")  # a mutation exchanges them
@@ -866,7 +871,8 @@ class NBNLP(SearchSpace):
         self.widths, self.reservoir = widths, reservoir
 
     def random(self, rng: random.Random) -> tuple[Node, ...]:
-        """Draw as the benchmark does: nodes on earlier ones, some of them the new hidden states, until all is used."""
+        """Draw as the benchmark does: nodes that read earlier ones, some of which become the new hidden states. Draws
+        that leave a node unused are repeated."""
         while True:
             previous = [f"h_prev_{i}" for i in range(rng.choice((1, 2, 3)))]
             size = len(previous) + rng.choice((7, 14, 21))
@@ -887,7 +893,7 @@ class NBNLP(SearchSpace):
                 return arch
 
     def sources(self, op: str, nodes: Iterable[Node], previous: list[str]) -> list[str]:
-        """Return what an operation may read: linear ones x, hidden states, activations; others hidden states, nodes."""
+        """Return what an operation may read: hidden states and nodes, but "linear" x, hidden states and activations."""
         names = [node.name for node in nodes if op != "linear" or node.op in self.ACTIVATIONS]
         return ["x", *previous, *names] if op == "linear" else [*previous, *names]
 
@@ -906,7 +912,7 @@ class NBNLP(SearchSpace):
         return [node.name.replace("new", "prev") for node in arch if node.name.startswith("h_new")]
 
     def valid(self, arch: tuple[Node, ...]) -> bool:
-        """Tell whether everything is used and no new hidden state reads a previous one, as of the generator."""
+        """Return whether all nodes are used and no new hidden state reads a previous one, as the benchmark demands."""
         new = [node for node in arch if node.name.startswith("h_new")]
         used = self.reached(arch, [node.name for node in new])
         reads_previous = any(source.startswith("h_prev") for node in new for source in node.inputs)
@@ -933,8 +939,9 @@ class NBNLP(SearchSpace):
         return child if self.valid(child) else arch
 
     def graph(self, arch: tuple[Node, ...], whole: bool = False) -> Graph:
-        """Return the nodes that reach the output over time (`whole`: all) as vertices. The operands of a blend, which
-        differ, pass vertices of their own; a vertex "state" ties a new hidden state to the previous one."""
+        """Return the nodes that reach the output over time (with `whole`, all nodes) as vertices. The three operands of
+        a blend have different roles, so each passes a vertex of its own. A vertex "state" links a new hidden state to
+        the previous one."""
         used = self.reached(arch, ["h_new_0"], through_time=True)
         states = [i for i in range(len(self.previous(arch))) if whole or i == 0 or f"h_prev_{i}" in used]
         graph = [Vertex("input 0"), *(Vertex("input 2" if i else "input 1") for i in states)]  # x, h_prev_0, the others
@@ -966,11 +973,12 @@ class NBNLP(SearchSpace):
         for name, op, inputs in arch:
             require(name not in given, f"node {name!r}, which is an input")
             require(op in self.ARITY, f"op {op!r} of {name}")
-            count, right = " or ".join(map(str, self.ARITY[op])), len(set(inputs)) == len(inputs) in self.ARITY[op]
-            require(right, f"inputs {', '.join(inputs)} of {name}, {op}, expected {count} different ones")
+            count, allowed = len(inputs) if len(set(inputs)) == len(inputs) else 0, self.ARITY[op]
+            require(count in allowed, f"inputs {', '.join(inputs)} of {name}, {op}, expected "
+                                      f"{' or '.join(map(str, allowed))} different ones")
             for source in inputs:
-                right = source in nodes or source in given and (source != "x" or op == "linear")
-                require(right, f"input {source!r} of {name}, {op}")
+                readable = source in nodes or source in given and (source != "x" or op == "linear")
+                require(readable, f"input {source!r} of {name}, {op}")
         self.in_order(arch)  # a cycle is a ValueError
         return arch
 
@@ -978,7 +986,7 @@ class NBNLP(SearchSpace):
         return json.dumps({name: {"op": op, "input": list(inputs)} for name, op, inputs in arch})
 
     def build(self, arch: tuple[Node, ...], whole: bool = False) -> nn.Module:
-        """Build the network, if `whole` with the decoder, whose matrix is the word embedding too."""
+        """Build the network. With `whole`, add the decoder, whose matrix is the word embedding, too."""
         widths = (400, 600, 600, 400) if whole else self.widths
         drops = [0.25] * (len(widths) - 2) + [0.1]  # between layers, and at the end
         layer = partial(RecurrentLayer, self.graph(arch, whole), self.reservoir)
@@ -988,8 +996,8 @@ class NBNLP(SearchSpace):
 
 
 class RecurrentLayer(nn.Module):
-    """A recipe's graph run over a sequence, hidden states from zero; then locked dropout, one mask over time. Weight
-    drop .1 on all matrices but those of x, which are the only ones that are trained in a `reservoir`."""
+    """A recipe's graph, run over a sequence with hidden states that start at zero; then locked dropout, one mask for
+    all steps. All matrices but those of x have weight drop .1. In a `reservoir` only those of x are trained."""
     OPS: dict[str, Callable[..., Tensor | None]] = {
         "activation_tanh": torch.tanh, "activation_sigm": torch.sigmoid, "activation_leaky_relu": F.leaky_relu,
         "elementwise_sum": torch.add, "elementwise_prod": torch.mul,
@@ -1048,8 +1056,8 @@ SPACES: dict[str, Callable[..., SearchSpace]] = {
 
 
 def get(name: str, **sizes: Any) -> Any:
-    """Return the search space of a `--space` name, made with the `sizes` that its class takes; or one of your own,
-    FILE.py:CLASS, made without. ValueError for a name that is none; what FILE.py raises is its author's to read."""
+    """Return the search space of a `--space` name, made with the `sizes` that its class takes; or a space of
+    your own, FILE.py:CLASS, made without arguments. ValueError for an unknown name; FILE.py may raise anything."""
     if name in SPACES:
         return SPACES[name](**sizes)
     path, _, cls = name.rpartition(":")
@@ -1062,8 +1070,8 @@ def get(name: str, **sizes: Any) -> Any:
 
 
 def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
-    """Return [(arch, value)], higher = better, from a JSON list of [architecture, value], the former as any text that
-    `space.parse` reads or as JSON of it. ValueError, with the entry, for anything else."""
+    """Return [(arch, value)], higher = better, from a JSON file, a list of [architecture, value]. The architecture is a
+    text that `space.parse` reads, or the JSON value of such a text. ValueError, with the entry, for anything else."""
     labels, where = [], " is no JSON list of [architecture, value]"
     try:
         entries = json.loads(Path(path).read_bytes())  # of bytes: with a byte-order mark or in UTF-16 too
@@ -1072,8 +1080,8 @@ def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
             where, pair = f", entry {number}", isinstance(entry, list) and len(entry) == 2
             require(pair, f"{json.dumps(entry):.60}, expected [architecture, value]")
             arch, value = entry
-            right = isinstance(value, (int, float)) and math.isfinite(value)
-            require(right, f"value {json.dumps(value)}, expected a number")
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            require(is_number, f"value {json.dumps(value)}, expected a number")
             labels.append((space.parse(arch if isinstance(arch, str) else json.dumps(arch)), float(value)))
     except ValueError as error:
         raise ValueError(f"labels {path}{where}: {error}") from None
@@ -1084,10 +1092,11 @@ def load_labels(space: Any, path: str | Path) -> list[tuple[Any, float]]:
 def canonical(graph: Graph, tries: int = 2000) -> Graph:
     """Return the same representative for all graphs that are `graph` up to the order of vertices and of summands.
 
-    Individualisation and refinement (McKay and Piperno, 2014): a vertex's colour is its rank by depth and operation,
-    refined until it is stable. Where colours still tie, each of the tied vertices is set before the others in turn (of
-    twins, with the same inputs and readers, one). Without ties they order the vertices, topologically; the smallest
-    graph in such an order wins. ValueError after so many tries; graphs drawn from the spaces need a handful.
+    This is individualisation and refinement (McKay and Piperno, 2014). A vertex's colour is its rank by depth and
+    operation, which is refined until it no longer changes. If vertices still have the same colour, each of them in turn
+    is put before the others; of vertices with the same inputs and readers, only one is tried. Colours that all differ
+    order the vertices, topologically. Of the graphs in these orders, the smallest is returned. ValueError after `tries`
+    refinements; graphs drawn from the spaces need a handful.
     """
     readers: list[list[int]] = [[] for _ in graph]
     depths: list[int] = []
@@ -1114,7 +1123,7 @@ def canonical(graph: Graph, tries: int = 2000) -> Graph:
 
 
 def refined(graph: Graph, readers: list[list[int]], colours: list[Any]) -> list[int]:
-    """Return the ranks of colours, split by those of what a vertex reads and of what reads it until nothing splits."""
+    """Return the ranks of the colours, refined by the colours of inputs and readers until no more colours arise."""
     while True:
         place = {colour: rank for rank, colour in enumerate(sorted(set(colours)))}
         ranks = [place[colour] for colour in colours]

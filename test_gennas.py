@@ -978,7 +978,7 @@ def test_what_people_paste(name, spellings):
     ("nb101", [FULL, ["input", *["maxpool3x3"] * 5, "output"]], "21 edges, at most 9"),
     ("nb101", [MATRIX, ["input", "noise", "output"]], "op 'noise'"), ("nb101", [[], ["input"]], "1 vertices"),
     ("nb101", [[[0, 0], [0, 0]], ["input", "output"]], "no path"), ("nb101", "[[[0, 1], [0, 0]], [", "no closing"),
-    ("nb101", [[[0, 1], [1, 0]], ["input", "output"]], "value 1 in row 1, column 0, expected 0"),
+    ("nb101", [[[0, 1], [1, 0]], ["input", "output"]], "value 1 in row 1, column 0, expected one of 0"),
     ("nb101", [MATRIX, CELL_OPS[1:]], "expected 2 x 2"), ("nb101", [MATRIX, ["input"] * 3], "'input' to 'input'"),
     ("nbmacro", "", "0 digits"), ("nbmacro", "0120120", "7 digits, expected 8"), ("nbmacro", "01201203", "digit '3'"),
     ("nbmacro", "01201201 91.2", "text after the architecture: '91.2'"), ("darts", "Genotype()", "no 'normal'"),
