@@ -12,11 +12,11 @@ chosen on labels (see PRESETS). `--preset paper` is the paper's setting.
 
 1. A task defines a target for each of the three stages of a network. Each target is a sum of synthetic signals.
 2. The network is trained for a few steps to regress the targets from one batch of images.
-3. The log of the final loss is the score; the default adds other terms. Lower is better.
+3. The score is the log of the final loss; most presets add other terms. Lower is better.
 4. Regularized evolution searches for the architecture with the best score, or for a task that ranks better.
 
 Begin with `Regression.__call__`, which takes one network from its construction to its losses. The lines above the
-banner are the core: the method for convolutional networks. They can be copied and used alone:
+banner are the core, the method for convolutional networks. They also run copied alone (`Regression` explains `space`):
 
     regression = Regression(COMBO, synthetic_images(seed=0, batch=16))
     print(score({"log loss": 1}, regression(space, arch)))
@@ -54,8 +54,8 @@ class Settings:
     stage_weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # weights of the stages' losses; a stage of weight 0 is skipped
     batch: int = 16  # number of images, or of sequences
     side: int = 32  # height and width of the images, in pixels
-    size: int = 8  # height and width of the targets, in pixels; or length of the sequences, in time steps
-    ridge: float | None = None  # None: the heads are trained; a number: they are solved for, with this ridge penalty
+    size: int = 8  # height and width of the targets, in pixels; for sequences, the number of time steps
+    ridge: float | None = None  # None: SGD trains the heads; a number: solved heads, with this ridge penalty
 
 
 # ---------------------------------------------------------------------------------- signal bases (paper, 3.2)
@@ -121,13 +121,13 @@ def resize(rng: torch.Generator, shape: Shape, images: Tensor) -> Tensor:
     return (2 * (small - low) / (high - low) - 1)[:, colours]
 
 
-# basis -> its function, and the names of its fields in `Signal`; the function takes the value of the first
+# basis -> its function, and the fields of `Signal` that it has; the first one is the function's last argument
 BASES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "sin1d": (sin1d, ("frequencies", "per_sample")),
     "sin2d": (sin2d, ("frequencies", "per_sample")),
     "dot": (dot, ("density", "per_sample")),
     "gdot": (gdot, ("density", "per_sample")),
-    "resize": (resize, ()),  # takes the images
+    "resize": (resize, ()),  # here, the images are the last argument
 }
 
 
@@ -165,7 +165,7 @@ class Noise:
 @dataclass(frozen=True)
 class Stage:
     """The target of one stage. Each of its channels is a sum of signals."""
-    channels: int  # 1 to 640, as the pool of sin1d has 640 waves
+    channels: int  # 1 to 640, as sin1d draws from 20 waves, 32 times each
     signals: tuple[Signal, ...]  # no basis twice
 
 
@@ -177,7 +177,7 @@ class Task:
     weights: dict[str, float] | None = None  # weights of the `score` that come with the task
 
     def parts(self, batch: int, size: int) -> dict[str, tuple[tuple[Signal, ...], Shape]]:
-        """Return the signals and the shape of each target, by the target's name."""
+        """Return a dict from the name of each target to its signals and its shape."""
         return {f"target {number}": (stage.signals, (batch, stage.channels, size, size))
                 for number, stage in enumerate(self.stages, start=1)}
 
@@ -206,7 +206,7 @@ def synthetic_images(seed: int, batch: int) -> Tensor:
         rng = torch.Generator("cpu").manual_seed(seed_of("images", seed))
         frequency = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)).clamp(min=1 / 32)
         spectrum = torch.fft.rfft2(torch.randn(batch, 4, 32, 32, generator=rng)) / frequency  # (B, 4, 32, 17)
-        maps = torch.fft.irfft2(spectrum)  # (B, 4, 32, 32): one that the colours share, and one for each of them
+        maps = torch.fft.irfft2(spectrum)  # (B, 4, 32, 32): one map for all colours, then one for each
         return normalised(0.9 ** 0.5 * maps[:, :1] + 0.1 ** 0.5 * maps[:, 1:])  # .9 and .1 of the variance
 
 
@@ -235,7 +235,7 @@ def isolated(device: torch.device = torch.device("cpu")) -> Iterator[None]:
     """
     with (LOCK, torch.inference_mode(False),  # which turns gradients on, too
           torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
-          torch.backends.cudnn.flags(enabled=True, deterministic=True),
+          torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=True),  # only in convolutions
           torch.random.fork_rng([device] if device.type == "cuda" else [])):
         threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
         precision = torch.get_float32_matmul_precision()
@@ -253,7 +253,7 @@ def isolated(device: torch.device = torch.device("cpu")) -> Iterator[None]:
 class Trained(NamedTuple):
     """The result of a training."""
     loss: float  # weighted sum of the stages' losses after the last step; not finite if the network diverged
-    losses: list[list[float]]  # of each stage: its loss before each step, and after the last step in eval() mode
+    losses: list[list[float]]  # of each stage that counts: before each step and, in eval() mode, after the last
     params: int  # number of parameters of the network that was trained, without heads
     seconds: float = 0.0  # duration of the training, if `Scorer` measured it
 
@@ -286,7 +286,7 @@ def ridge_loss(features: Tensor, target: Tensor, ridge: float) -> Tensor:
 
 
 class Regression:
-    """The regression of one task from one batch of images (paper, 3.1).
+    """Trains networks to regress one task from one batch of images (paper, 3.1).
 
     `regression(space, arch)` trains a network and returns its losses. `space.build(arch)` must return a new network,
     images (B, 3, H, W) -> three feature maps; `space.key(arch)` must return a string, equal for equal networks.
@@ -294,13 +294,13 @@ class Regression:
     The losses depend on (space, key, task, images, settings, seed) and the kind of device alone, not on what the
     calling program has set (see `isolated`). But no other thread may draw from PyTorch's global generator meanwhile.
 
-    The paper trains a linear head on each stage along with the network. With settings.ridge, the best heads are
-    computed in every step instead. The loss then tells how good the features are, not how far the heads have come.
+    The paper trains a linear head on each stage along with the network. With settings.ridge, every step solves for the
+    best heads instead. The loss then measures the features, not the progress of the heads.
     """
 
     def __init__(self, task: Any, images: Tensor, settings: Settings = Settings(), seed: int = 0, device: str = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
-        self.stages = [stage for stage, weight in enumerate(settings.stage_weights) if weight]  # those that count
+        self.stages = [stage for stage, weight in enumerate(settings.stage_weights) if weight]  # those with a weight
         with isolated(self.device), torch.device("cpu"):
             self.input, *self.targets = [x.to(self.device) for x in self.draw_tensors(images)]
             self.stage_weights = torch.tensor(settings.stage_weights)[self.stages].to(self.device)
@@ -316,7 +316,7 @@ class Regression:
                 body = space.build(arch)
                 params = sum(parameter.numel() for parameter in body.parameters())
                 network = self.with_heads(body).to(self.device, memory_format=torch.channels_last).train()
-            body, *heads = network  # no heads if they are solved for
+            body, *heads = network  # heads is empty if ridge is set
             optimizer = self.optimizer(network)
             self.seed_generators("noise", *identity)
 
@@ -339,9 +339,9 @@ class Regression:
                         else:
                             losses.append(ridge_loss(rows(tap), rows(target), ridge))
                     loss = self.stage_weights @ torch.stack(losses)
-                losses_by_step.append(torch.stack([*losses, loss]).detach())  # no number is read: that would wait
+                losses_by_step.append(torch.stack([*losses, loss]).detach())  # .item() would wait for the GPU
 
-                # 4. Take a training step. The last pass has no gradient, nor has a network that returns zeros.
+                # 4. Take a training step. The last pass and a dead network have no gradient.
                 if loss.requires_grad:
                     optimizer.zero_grad()
                     loss.backward()
@@ -369,7 +369,7 @@ class Regression:
         if self.settings.ridge is not None:
             torch.func.replace_all_batch_norm_modules_(body)  # no running statistics: always those of the batch
             return nn.ModuleList([body])
-        with torch.no_grad():  # with two images, as some batch norms need several even in eval() mode
+        with torch.no_grad():  # two images, as a batch norm without running statistics needs more than one
             widths = [tap.shape[1] for tap in self.taps(body.eval(), self.input[:2].cpu())]
         heads = [nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1))
                  for width, target in zip(widths, self.targets)]
@@ -389,7 +389,7 @@ class Regression:
         return taps
 
     def match_sizes(self, stage: int, tap: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a square tap and its target at the same size. The tap is resized to the target (nearest).
+        """Return a tap (square) and its target at the same size. The tap is resized to the target (nearest).
 
         With solved heads, a tap that is smaller than the target stays as it is, and the target is averaged to its size.
         This changes the scale of the loss, so the taps of all architectures should have the same sizes.
@@ -457,8 +457,8 @@ def search_architecture(draw: Callable, mutate: Callable, key: Callable[[Any], s
     """Search for the architecture with the best score. Return the history of a regularized evolution, and its finale.
 
     In the finale (not in the paper), `evaluate_anew` scores the best `finalists` different networks again, with seeds
-    that the evolution did not use. The new scores alone rank them, best first: the best of hundreds of networks is
-    partly so by chance, because of its initial parameters and the images.
+    that the evolution did not use. The new scores alone rank them, best first: the best of hundreds of scores is partly
+    luck, due to the initial parameters and the images.
     """
     history = regularized_evolution(draw, mutate, evaluate, rng, **evolution)
     ranking = sorted(distinct(history, key), key=lambda pair: pair[1])
@@ -521,7 +521,7 @@ def search_task(start: list[Task], fitness: Callable[[Task], float], rng: random
     """Search for the task with the highest fitness (paper, 3.4). Return all tasks with -fitness, as they came.
 
     The first population begins with the tasks of `start`; its other members are drawn. The paper's fitness is |rho| of
-    the losses with some 20 accuracies. Use rho of the negative losses, as a search takes low losses for good.
+    losses and some 20 accuracies. Use rho of the negated losses, as the search for an architecture prefers low losses.
     """
     first = deque(start)
     return regularized_evolution(lambda rng: first.popleft() if first else draw(rng), mutate,
@@ -591,13 +591,13 @@ def spearman_interval(a: Any, b: Any, resamples: int = 2000) -> tuple[float, flo
 class Preset(NamedTuple):
     """How the networks of a family of spaces are trained and scored."""
     settings: Settings
-    sizes: dict[str, Any] = {}  # arguments of the space's class in search_spaces, for smaller networks
+    sizes: dict[str, Any] = {}  # keyword arguments of the space's class in search_spaces
     weights: dict[str, float] = {"log loss": 1.0}  # weights of the score; these are the paper's
     task: str | None = None  # a name of TASKS; None: the task that the space names
 
 
 # The constants of "fast" were chosen on labels: on 150 to 300 networks each of nb101, nb201, nbmacro and nbnlp, and on
-# 70 networks each of three spaces of NDS (the ten families at the end). The README has the effect of each change.
+# 70 networks each of three NDS spaces (NDS: the last eight families). The README has the effect of each change.
 FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.005, side=16, ridge=1.0)
 WITH_SIZE = {"log loss": 1.0, "log params": -0.03}  # of two networks with the same loss, the larger one is better
 CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, WITH_SIZE, "combo")
@@ -612,8 +612,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         # In nb101 and nb201 a low loss of stage 1 goes with a low accuracy, so stage 1 has weight 0.
         "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True},
                         {"log loss": 1.0, "log loss 2 after": 1.0}),
-        # The best cells are told apart by networks of five cells a stage, as in the benchmark, and by a high loss of
-        # stage 3 before training.
+        # Five cells a stage, as in the benchmark, and a high loss of stage 3 before training tell the best cells apart.
         "nb201": Preset(replace(FAST, steps=10, learning_rate=0.3, batch=8, side=24, stage_weights=(0.0, 0.5, 1.0)),
                         {"width": 8, "cells": 5, "all_blocks": True},
                         {"log loss": 1.0, "log params": -0.07, "log loss 3 before": -0.15}),
@@ -802,11 +801,8 @@ def task_from_json(text: str | bytes, name: str = "task") -> AnyTask:
 def part_from_json(values: dict[str, Any]) -> Any:
     """Return the part of a task that has these fields. One field tells its class; a dict without it stays a dict."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    for field, kind in (("basis", Signal), ("kind", Noise), ("channels", Stage), ("stages", Task),
-                        ("dimension", RnnTask)):
-        if field in values:
-            return kind(**values)
-    return values
+    kinds = {"basis": Signal, "kind": Noise, "channels": Stage, "stages": Task, "dimension": RnnTask}
+    return next((kind(**values) for field, kind in kinds.items() if field in values), values)
 
 
 def check_task(task: Any) -> None:
@@ -818,35 +814,31 @@ def check_task(task: Any) -> None:
     for term, weight in (task.weights or {}).items():
         check(term in TERMS and abs(weight) < math.inf, "weights", {term: weight}, f"numbers for {', '.join(TERMS)}")
 
+    counts = [("dimension", task.dimension, 1024)] if isinstance(task, RnnTask) else []
     if isinstance(task, Task):
         check([type(stage) for stage in task.stages] == [Stage] * 3, "stages", task.stages, "three stages")
-        for channels in [stage.channels for stage in task.stages]:
-            check(type(channels) is int and 1 <= channels <= 640, "channels", channels, "a whole number, 1 to 640")
-    else:
-        fits = type(task.dimension) is int and 1 <= task.dimension <= 1024
-        check(fits, "dimension", task.dimension, "a whole number, 1 to 1024")
+        counts = [("channels", stage.channels, 640) for stage in task.stages]
+    for name, count, limit in counts:
+        check(type(count) is int and 1 <= count <= limit, name, count, f"a whole number from 1 to {limit}")
+
     for signals, _ in task.parts(1, 1).values():
         check(type(signals) is tuple and {*map(type, signals)} <= {Signal}, "signals", signals, "a list of signals")
         check(len({signal.basis for signal in signals}) == len(signals), "signals", signals, "each basis at most once")
         for signal in signals:
-            check_signal(signal)
-            check(isinstance(task, Task) or signal.per_sample, "per_sample", signal.per_sample, "true")
-
-
-def check_signal(signal: Signal) -> None:
-    check(signal.basis in BASES, "basis", signal.basis, f"one of {', '.join(BASES)}")
-    check(0 <= signal.level <= 10, "level", signal.level, "a number from 0 to 10")
-    fields = tuple(name for name in ("frequencies", "density", "per_sample") if getattr(signal, name) is not None)
-    check(fields == BASES[signal.basis][1], f"fields of {signal.basis}", fields, f"{BASES[signal.basis][1]}")
-    f = (0.1,) * 10 if signal.frequencies is None else signal.frequencies
-    check(len(f) == 10 and 0 < min(f) and max(f) < 0.5, "frequencies", f, "10 numbers above 0 and below 0.5")
-    check(0 <= (signal.density or 0) <= 1, "density", signal.density, "a number from 0 to 1")
-    check(signal.per_sample in (None, True, False), "per_sample", signal.per_sample, "true or false")
+            check(signal.basis in BASES, "basis", signal.basis, f"one of {', '.join(BASES)}")
+            given = tuple(name for name in ("frequencies", "density", "per_sample") if vars(signal)[name] is not None)
+            check(given == BASES[signal.basis][1], f"fields of {signal.basis}", given, f"{BASES[signal.basis][1]}")
+            allowed = (None, True, False) if isinstance(task, Task) else (True,)
+            check(signal.per_sample in allowed, "per_sample", signal.per_sample, f"one of {allowed}")
+            f = (0.1,) * 10 if signal.frequencies is None else signal.frequencies
+            check(len(f) == 10 and 0 < min(f) and max(f) < 0.5, "frequencies", f, "10 numbers above 0 and below 0.5")
+            check(0 <= (signal.density or 0) <= 1, "density", signal.density, "a number from 0 to 1")
+            check(0 <= signal.level <= 10, "level", signal.level, "a number from 0 to 10")
 
 
 # ---------------------------------------------------------------------------------------------------- scorer
-Run = tuple[str, int, str]  # names a training run: the task's digest, the seed, the network's key
-Item = tuple[Run, AnyTask, Any]  # what is to be trained: the name of the run, the task, the architecture
+Run = tuple[str, int, str]  # identifies a training run: the task's digest, the seed, the network's key
+Item = tuple[Run, AnyTask, Any]  # a run that is to be done, its task, its architecture
 Result = tuple[Run, Trained]
 
 
@@ -925,15 +917,15 @@ class Scorer:
         return [self.record.known[task_digest(task or self.task), seed, self.space.key(arch)] for seed in self.seeds]
 
     def weights(self, task: AnyTask) -> dict[str, float]:
-        """Return the score weights of a task: its own, or else the preset's. Another task or number of steps than the
-        preset's keeps only two of these, as the losses of single stages would mean something else."""
+        """Return the score weights of a task: its own, or else the preset's. With another task or number of steps than
+        the preset's, only the weights of "log loss" and "log params" are kept, as single stages differ then."""
         weights = self.preset.weights
         if task != read_task(self.own_task) or self.settings != self.preset.settings:
             weights = {term: weights[term] for term in ("log loss", "log params") if term in weights}
         return task.weights or weights
 
     def made_with(self) -> dict[str, Any]:
-        """Return the settings that all runs of a record share, as JSON reads them."""
+        """Return the settings that all runs of a record share. The round trip through JSON makes tuples lists."""
         path = self.name.rpartition(":")[0]  # of a FILE.py:CLASS
         return json.loads(json.dumps({
             "losses": RECORD_VERSION, "space": self.name, "file": path and digest_of(Path(path).read_bytes()),
@@ -1048,21 +1040,17 @@ def work(item: Item) -> Result:
 
 
 def train_in_pool(pool: ProcessPoolExecutor, items: list[Item]) -> Iterator[Result]:
-    """Train the items in the processes of a pool on this machine. If an item fails, the items that have not begun are
-    cancelled, the results of the others are yielded, and then the error is raised."""
+    """Train the items in the processes of a pool on this machine, which start when they are first needed. If an item
+    fails, yield the results of all others that are done, then raise the error."""
     handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # processes that start now ignore Ctrl-C, too
-    futures = [pool.submit(work, item) for item in items]
+    waiting = {pool.submit(work, item) for item in items}
     os_signal.signal(os_signal.SIGINT, handler)
-    failed = None
-    for future in as_completed(futures):
-        if future.cancelled() or future.exception():
-            failed = failed or future
-            for other in futures:
-                other.cancel()
-        else:
-            yield future.result()
-    if failed:
-        failed.result()  # raises the error
+    for future in as_completed(waiting):
+        waiting.remove(future)
+        if future.exception():
+            yield from [other.result() for other in waiting if other.done() and not other.exception()]
+            raise future.exception()
+        yield future.result()
 
 
 def train_in_ranks(scorer: Scorer, items: list[Item]) -> Iterator[Result]:
@@ -1119,7 +1107,8 @@ def plot_signals(scorer: Scorer, path: str, count: int = 8) -> None:
     totals = task.draw(images, seed, settings.batch, settings.size)
     for (name, (signals, shape)), total in zip(task.parts(settings.batch, settings.size).items(), totals):
         for signal in signals:
-            lines.append((f"{name}\n{signal.level} {signal.basis}", signal.maps(shape, images, name, seed)))
+            maps = signal.maps(shape, images, name, seed).expand(shape)
+            lines.append((f"{name}\n{signal.level} {signal.basis}", maps))
         lines.append((f"{name}\nsum", total))
 
     figure = Figure(layout="constrained", figsize=(2 + 0.8 * count, len(lines)))
@@ -1154,7 +1143,7 @@ def plot_history(path: str, history: Scored, label: str, title: str = "") -> Non
 
 
 # ----------------------------------------------------------------------------------------------------- modes
-# A mode reads and checks its input, calls `begin`, prints its result, and returns the fields for --json.
+# A mode checks its input, calls `begin` if it trains, prints its result, and returns the fields for --json.
 def begin(scorer: Scorer, args: argparse.Namespace, runs: int) -> None:
     """Open the record, and print what begins."""
     task = None if args.mode == "search-task" else json.loads(task_to_json(replace(scorer.task, weights=None)))
@@ -1176,7 +1165,7 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     counts_flops = bool(getattr(space, "flops", None))
     check("flops" not in limits or counts_flops, f"--max-flops: {scorer.name} counts no operations; use --max-params")
     draw, mutate = (partial(draw_within, limits, space, method) for method in (space.random, space.mutate))
-    draw(random.Random(args.seed))  # if nothing meets the limits, this fails before anything is trained
+    draw(random.Random(args.seed))  # fail before anything is trained if nothing meets the limits
 
     seeds, finalists = range(scorer.seeds.stop, scorer.seeds.stop + 2), args.finalists
     if not finalists:  # the best network keeps the score that it has
@@ -1316,7 +1305,7 @@ SEARCHES, LABELLED, SCORES = ("search", "search-task"), ("correlate", "search-ta
 OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belongs to, help with the default
     "task": ("NAME|FILE.json", MODES, "what a network must regress (the task of preset or space)"),
     "steps": ("N", MODES, "number of training steps; 0 trains nothing (the preset's)"),
-    "images": ("synthetic|FILE", MODES, "or a .npy or .npz array (N, H, W, 3) or (N, 3, H, W), uint8 or in [0, 1]"),
+    "images": ("synthetic|FILE", MODES, "a .npy or .npz, (N, H, W, 3) or (N, 3, H, W), uint8 or in [0, 1] (synthetic)"),
     "seed": ("N", MODES, "seed of images, signals, parameters, noise and search (0)"),
     "seeds": ("N", SCORES, "the score is the mean over N seeds, from --seed up (1)"),
     "device": ("cpu|cuda[:N]", MODES, "device that trains (cuda if there is one)"),
@@ -1384,7 +1373,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Wrong input gives one line on stderr and an exit status."""
-    global pool  # the pool's own thread has only a weak reference, and must still cancel items after Ctrl-C
+    global pool  # this reference keeps the pool until its thread, whose own is weak, has cancelled items after Ctrl-C
     clock, args, pool, wrong = time.perf_counter(), parse_arguments(argv), None, None
     kept = f"; what was trained is in {args.out}, the same command goes on from there" if args.out else ""
     try:
@@ -1392,10 +1381,10 @@ def main(argv: list[str] | None = None) -> None:
             distributed.init_process_group("gloo", timeout=timedelta(days=99))
         devices, rank = find_devices(args.device), int(os.environ.get("LOCAL_RANK", 0))
         options = {name: getattr(args, name) for name in ("space", "preset", "images", "seed", "steps", "seeds")}
-        if torchrun and distributed.get_rank():  # each item brings its task, so no other file is needed here
+        if torchrun and distributed.get_rank():  # items bring their task, so this rank needs no task file
             return serve(Scorer(**options, device=devices[rank % len(devices)]))
         scorer = Scorer(**options, task=args.task, device=devices[rank % len(devices)])
-        if args.plot:  # what is wrong with it is told before anything is computed
+        if args.plot:  # fail before anything is computed
             check(find_spec("matplotlib") is not None, "--plot needs matplotlib: pip install matplotlib")
             fits = Path(args.plot).suffix in (".png", ".pdf", ".svg") and args.plot != args.out
             check(fits, "--plot", args.plot, "a .png, .pdf or .svg file, and another than --out")
