@@ -739,8 +739,8 @@ def test_finalists(result, tmp_path):
 
 
 def test_search_within_limits(result, tmp_path):
-    command = "--population", 4, "--tournament", 2, "--cycles", 2, "--steps", 0
-    for name, limit in (("params", 600_000), ("flops", 150_000_000)):
+    command = "--population", 4, "--tournament", 2, "--cycles", 2, "--steps", 0, "--finalists", 0
+    for name, limit in (("params", 600_000), ("flops", 200_000_000)):
         result(*command, f"--max-{name}", limit, "--out", tmp_path / name)
         archs = [json.loads(line)["arch"] for line in (tmp_path / name).read_text().splitlines()[1:]]
         assert max(getattr(NB201(), name)(NB201().parse(arch)) for arch in archs) <= limit
@@ -1302,8 +1302,8 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
 
 
-COMMANDS = [command.replace("$seed", "0") for command in re.findall(
-    r"python (gennas\.py.*?)(?= +#| > | \| |;|$)", "\n".join([*readme_blocks("sh"), gennas.__doc__]), re.M)]
+COMMANDS = {command.replace("$seed", "0"): None for command in re.findall(
+    r"python (gennas\.py.*?)(?= +#| > | \| |;|$)", "\n".join([*readme_blocks("sh"), gennas.__doc__]), re.M)}
 PLAIN, = [block for block in readme_blocks("python") if "class Plain" in block]  # a space of one's own
 
 
@@ -1314,17 +1314,14 @@ def test_each_file_alone(tmp_path):
         shutil.copy(HERE / f"{name}.py", tmp_path / name)
     process = subprocess.run([sys.executable, "-c", """
 import random, sys, torch
-
-def state():
-    return [*torch.get_rng_state(), random.getstate(), torch.get_num_threads(), "matplotlib" in sys.modules]
-
 class Space:
     key = format = str
     def build(self, arch):
         body = torch.nn.Conv2d(3, arch, 3)
         body.forward = lambda x, conv=body.forward: [conv(x)] * 3
         return body
-
+def state():
+    return [*torch.get_rng_state(), random.getstate(), torch.get_num_threads(), "matplotlib" in sys.modules]
 before = state()
 sys.path[0] = "gennas"
 import gennas
@@ -1334,8 +1331,8 @@ sys.path[0] = "search_spaces"
 import search_spaces
 assert state() == before
 space = search_spaces.get("nb201")
-print(len(space.build(space.random(random.Random(0)))(torch.zeros(2, 3, 32, 32))))
-"""], cwd=tmp_path, capture_output=True, text=True)
+print(len(space.build(space.random(random.Random(0)))(torch.zeros(2, 3, 32, 32))))"""],
+                             cwd=tmp_path, capture_output=True, text=True)
     assert (process.stdout, process.stderr) == ("2\n3\n", "")
 
 
@@ -1361,10 +1358,10 @@ def test_the_core_alone(tmp_path, monkeypatch):
 
 
 def test_readme_space(tmp_path):
-    """The README's example of a space of one's own: with three workers the result is that of one process."""
+    """The README's example of a space of one's own: with two workers the result is that of one process."""
     (tmp_path / "my_space.py").write_text(PLAIN)
-    name, outs = f"{tmp_path / 'my_space.py'}:Plain", (tmp_path / "1.jsonl", tmp_path / "3.jsonl")
-    process = start_process(*SEARCH, "--space", name, "--workers", 3, "--quiet", "--out", outs[1])
+    name, outs = f"{tmp_path / 'my_space.py'}:Plain", (tmp_path / "1.jsonl", tmp_path / "2.jsonl")
+    process = start_process(*SEARCH, "--space", name, "--workers", 2, "--quiet", "--out", outs[1])
     stdout, stderr = process.communicate(timeout=120)
     assert stderr == "" and (found := timeless(stdout)) == search_here(outs[0], name) and found["evaluated"] == 14
     assert recorded(outs[0]) == recorded(outs[1])
