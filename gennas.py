@@ -234,7 +234,7 @@ def isolated(device: torch.device = torch.device("cpu")) -> Iterator[None]:
     full precision, the CPU uses one thread, and cuDNN is deterministic. Only one thread of a process can be inside.
     """
     with (LOCK, torch.inference_mode(False),  # which turns gradients on, too
-          torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+          torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False),
           torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=True),  # only in convolutions
           torch.random.fork_rng([device] if device.type == "cuda" else [])):
         threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
@@ -616,7 +616,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "nb201": Preset(replace(FAST, steps=10, learning_rate=0.3, batch=8, side=24, stage_weights=(0.0, 0.5, 1.0)),
                         {"width": 8, "cells": 5, "all_blocks": True},
                         {"log loss": 1.0, "log params": -0.07, "log loss 3 before": -0.15}),
-        # Deep networks are more accurate here, but their loss falls later. So the loss alone ranks backwards.
+        # Here deep networks are more accurate, but after so few steps their losses are higher: the loss alone ranks
+        # backwards.
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32), {"width": 8}, {
             "log loss": 1.0, "log loss 1 after": 7.0, "log loss 2 after": -1.4, "log loss 3 before": -0.2}, "combo"),
         "nbnlp": Preset(replace(FAST, steps=72, batch=32, size=4),
@@ -632,8 +633,8 @@ def fit_weights(networks: list[Trained], values: list[float], penalty: float = 2
     """Return the weights of a score that ranks networks by their values (higher is better), and its rho.
 
     Not in the paper. A ridge regression predicts the ranks from the terms. Rho is Spearman's of the leave-one-out
-    predictions, or NaN if fewer than three networks converged. The log of the loss bears no penalty; that of the other
-    terms shrinks their weights, so that with few labels the score is mostly the loss. Terms are divided by their median
+    predictions, or NaN if fewer than three networks converged. The weight of the log loss bears no penalty; those of
+    the other terms shrink to 0, so that with few labels the score is mostly the loss. Terms are divided by their median
     absolute deviation and clipped to 4, or else a few networks that hardly train would decide the weights.
     """
     converged = [i for i, trained in enumerate(networks) if math.isfinite(trained.loss)]

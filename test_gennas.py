@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -539,13 +539,9 @@ def test_targets_are_drawn_once_for_a_task_and_a_seed(monkeypatch):
 
 def test_what_is_done_is_recorded_before_an_error_is_raised(monkeypatch):
     """Here the pool is done with all items before the first result is asked for, and one rank has them all."""
-    class Pool:
+    class Pool(ThreadPoolExecutor):
         def submit(self, work, item) -> Future:
-            future = Future()
-            try:
-                future.set_result(next(scorer.train_here([item])))
-            except ValueError as error:
-                future.set_exception(error)
+            wait([future := super().submit(lambda: next(scorer.train_here([item])))])
             return future
 
     monkeypatch.setattr(gennas, "distributed", SimpleNamespace(
