@@ -811,7 +811,7 @@ def check_task(task: Any) -> None:
     check(isinstance(task, AnyTask), "JSON", task, "an object with stages, or with dimension, input and target")
     check(isinstance(task.noise, Noise), "noise", task.noise, "a kind and a level")
     check(task.noise.kind in ("uniform", "gaussian"), "kind", task.noise.kind, "uniform or gaussian")
-    check(0 <= task.noise.level <= 10, "level", task.noise.level, "a number from 0 to 10")
+    check_number("level", task.noise.level, 10)
     for term, weight in (task.weights or {}).items():
         check(term in TERMS and abs(weight) < math.inf, "weights", {term: weight}, f"numbers for {', '.join(TERMS)}")
 
@@ -832,9 +832,14 @@ def check_task(task: Any) -> None:
             allowed = (None, True, False) if isinstance(task, Task) else (True,)
             check(signal.per_sample in allowed, "per_sample", signal.per_sample, f"one of {allowed}")
             f = (0.1,) * 10 if signal.frequencies is None else signal.frequencies
-            check(len(f) == 10 and 0 < min(f) and max(f) < 0.5, "frequencies", f, "10 numbers above 0 and below 0.5")
-            check(0 <= (signal.density or 0) <= 1, "density", signal.density, "a number from 0 to 1")
-            check(0 <= signal.level <= 10, "level", signal.level, "a number from 0 to 10")
+            fits = len(f) == 10 and all(isinstance(value, float) and 0 < value < 0.5 for value in f)
+            check(fits, "frequencies", f, "10 numbers above 0 and below 0.5")
+            check_number("density", signal.density or 0, 1)
+            check_number("level", signal.level, 10)
+
+
+def check_number(name: str, value: Any, limit: float) -> None:
+    check(isinstance(value, (int, float)) and 0 <= value <= limit, name, value, f"a number from 0 to {limit}")
 
 
 # ---------------------------------------------------------------------------------------------------- scorer
