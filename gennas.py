@@ -1079,8 +1079,9 @@ def train_share(scorer: Scorer, items: list[Item]) -> Iterator[Result]:
     if rank == 0:
         for results, _ in shares:
             yield from results
-        for error in [error for _, error in shares if error]:
-            raise error
+        errors = [error for _, error in shares if error]
+        if errors:
+            raise errors[0]
 
 
 def serve(scorer: Scorer) -> None:
