@@ -1381,7 +1381,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Wrong input gives one line on stderr and an exit status."""
     global pool  # this reference keeps the pool until its thread, whose own is weak, has cancelled items after Ctrl-C
-    clock, args, pool, wrong = time.perf_counter(), parse_arguments(argv), None, None
+    clock, args, pool, status, message = time.perf_counter(), parse_arguments(argv), None, 0, ""
     kept = f"; what was trained is in {args.out}, the same command goes on from there" if args.out else ""
     try:
         if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
@@ -1409,18 +1409,18 @@ def main(argv: list[str] | None = None) -> None:
             scorer.train = partial(train_in_pool, pool)
         result = MODES[args.mode](scorer, args)
     except KeyboardInterrupt:
-        fail(130, f"interrupted{kept}")
+        status, message = 130, f"interrupted{kept}"
     except BrokenExecutor:
-        fail(1, f"error: a worker died{kept}")
+        status, message = 1, f"error: a worker died{kept}"
     except (OSError, ValueError) as error:
-        wrong = str(error) or repr(error)
+        status, message = 2, f"error: {str(error) or repr(error)}"
     finally:
         if pool:
-            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)  # after Ctrl-C, do not wait for workers
-    if torchrun:
+            pool.shutdown(wait=status != 130, cancel_futures=True)  # after Ctrl-C, do not wait for workers
+    if torchrun and status != 130:
         broadcast()
-    if wrong:
-        fail(2, f"error: {wrong}")
+    if status:
+        fail(status, message)
     if args.json:
         about = {"mode": args.mode, "space": args.space, "task": args.task or scorer.own_task, **result}
         print(json.dumps(about | {"preset": args.preset, "images": scorer.images_name,
