@@ -13,7 +13,7 @@ chosen on labels (see PRESETS). `--preset paper` is the paper's setting.
 1. A task defines a target for each of the three stages of a network. Each target is a sum of synthetic signals.
 2. The network is trained for a few steps to regress the targets from one batch of images.
 3. The score is the log of the final loss; most presets add other terms. Lower is better.
-4. Regularized evolution searches for the architecture with the best score, or for a task that ranks better.
+4. Regularized evolution searches for the architecture with the best score or, given labels, for the best task.
 
 Begin with `Regression.__call__`, which takes one network from its construction to its losses. The lines above the
 banner are the core, the method for convolutional networks. They also run copied alone (`Regression` explains `space`):
@@ -352,7 +352,7 @@ class Regression:
         return Trained(total[-1], [curve_of.get(stage, []) for stage in range(len(self.targets))], params)
 
     def draw_tensors(self, images: Tensor) -> list[Tensor]:
-        """Return the input (B, 3, side, side) and three targets (B, K, size, size)."""
+        """Return the input, the first B images as (B, 3, side, side), and three targets (B, K, size, size)."""
         images = resized(images[:self.settings.batch], self.settings.side)
         targets = self.task.draw(images, self.seed, self.settings.batch, self.settings.size)
         return [x.to(memory_format=torch.channels_last) for x in (images, *targets)]
@@ -1046,7 +1046,7 @@ def work(item: Item) -> Result:
 
 
 def train_in_pool(pool: ProcessPoolExecutor, items: list[Item]) -> Iterator[Result]:
-    """Train the items in the processes of a pool on this machine, which start when they are first needed. If an item
+    """Train the items in a pool of processes on this machine. The processes start with the first call. If an item
     fails, yield the results of all others that are done, then raise the error."""
     handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # processes that start now ignore Ctrl-C, too
     waiting = {pool.submit(work, item) for item in items}
@@ -1354,7 +1354,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.arch and args.mode != "score":
         parser.error(f"ARCH belongs to --mode score, not to --mode {args.mode}")
     for name, (metavar, modes, _) in OPTIONS.items():
-        value, least = getattr(args, name.replace("-", "_")), int(name not in ("steps", "seed", "cycles", "finalists"))
+        value = getattr(args, name.replace("-", "_"))
+        least = 0 if name in ("steps", "seed", "cycles", "finalists") else 1
         if value is not None and args.mode not in modes:
             parser.error(f"--{name} belongs to --mode {' or '.join(modes)}, not to --mode {args.mode}")
         if value is not None and metavar == "N" and value < least:

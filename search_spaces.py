@@ -973,9 +973,9 @@ class NBNLP(SearchSpace):
         for name, op, inputs in arch:
             require(name not in given, f"node {name!r}, which is an input")
             require(op in self.ARITY, f"op {op!r} of {name}")
-            count, allowed = len(inputs) if len(set(inputs)) == len(inputs) else 0, self.ARITY[op]
-            require(count in allowed, f"inputs {', '.join(inputs)} of {name}, {op}, expected "
-                                      f"{' or '.join(map(str, allowed))} different ones")
+            fits = len(inputs) in self.ARITY[op] and len(set(inputs)) == len(inputs)
+            count = " or ".join(map(str, self.ARITY[op]))
+            require(fits, f"inputs {', '.join(inputs)} of {name}, {op}, expected {count} different ones")
             for source in inputs:
                 readable = source in nodes or source in given and (source != "x" or op == "linear")
                 require(readable, f"input {source!r} of {name}, {op}")
