@@ -301,9 +301,10 @@ class Regression:
     def __init__(self, task: Any, images: Tensor, settings: Settings = Settings(), seed: int = 0, device: str = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
         self.stages = [stage for stage, weight in enumerate(settings.stage_weights) if weight]  # those with a weight
+        self.sides: list[int] = []  # of the first network's taps
         with isolated(self.device), torch.device("cpu"):
             self.input, *self.targets = [x.to(self.device) for x in self.draw_tensors(images)]
-            self.stage_weights = torch.tensor(settings.stage_weights)[self.stages].to(self.device)
+            self.stage_weights = torch.tensor(settings.stage_weights).float()[self.stages].to(self.device)
 
     def __call__(self, space: Any, arch: Any) -> Trained:
         steps, ridge, losses_by_step = self.settings.steps, self.settings.ridge, []
@@ -382,17 +383,22 @@ class Regression:
         return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=True)
 
     def taps(self, body: nn.Module, images: Tensor) -> list[Tensor]:
-        """Return the network's three taps (B, C, h, w). ValueError if it returns another number of maps."""
+        """Return the network's three taps (B, C, h, h). ValueError if it returns anything else, or maps of other sides
+        than those of the first network."""
         taps = body(images)
-        if len(taps) != len(self.targets):
-            raise ValueError(f"feature maps: expected {len(self.targets)}, not {len(taps)}")
+        shapes = [tuple(tap.shape) for tap in taps] if isinstance(taps, (list, tuple)) else []
+        sides = [shape[2] for shape in shapes if len(shape) == 4 and shape[2] == shape[3]]
+        self.sides = self.sides or sides
+        if not len(shapes) == len(sides) == len(self.targets) or sides != self.sides:
+            came = shapes or f"a {type(taps).__name__.lower()}"
+            raise ValueError(f"feature maps: expected three (B, C, H, H), with the same H in all networks, not {came}")
         return taps
 
     def match_sizes(self, stage: int, tap: Tensor) -> tuple[Tensor, Tensor]:
         """Return a tap (square) and its target at the same size. The tap is resized to the target (nearest).
 
         With solved heads, a tap that is smaller than the target stays as it is, and the target is averaged to its size.
-        This changes the scale of the loss, so the taps of all architectures should have the same sizes.
+        This changes the scale of the loss, so the taps of all architectures must have the same sizes.
         """
         target, size = self.targets[stage], self.settings.size
         if self.settings.ridge is None or tap.shape[2] > size:
@@ -474,10 +480,6 @@ def distinct(pairs: Iterable[tuple[Any, Any]], key: Callable[[Any], str]) -> lis
     return list(first.values())
 
 
-def random_noise(rng: random.Random) -> Noise:
-    return Noise(rng.choice(("gaussian", "uniform")), rng.randint(0, 9) / 10)
-
-
 def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tuple[Signal, ...]:
     """Draw a signal of each basis with chance 1/2. Its fields are random, except those that are `fixed`."""
     signals = []
@@ -492,7 +494,7 @@ def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tu
 
 def random_task(rng: random.Random) -> Task:
     """Draw a task from the paper's search space (paper, 3.4)."""
-    noise = random_noise(rng)
+    noise = Noise(rng.choice(("gaussian", "uniform")), rng.randint(0, 9) / 10)
     return Task(noise, tuple(Stage(rng.choice(range(16, 97, 16)), random_signals(rng, BASES)) for _ in range(3)))
 
 
@@ -537,6 +539,7 @@ import os
 import signal as os_signal
 import sys
 import time
+import traceback
 import zipfile
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
@@ -680,12 +683,10 @@ class RnnTask:
     draw = Task.draw
 
 
-AnyTask = Task | RnnTask
-
-
 def random_rnn_task(rng: random.Random) -> RnnTask:
     bases = [basis for basis in BASES if basis != "resize"]
-    return RnnTask(random_noise(rng), rng.choice(range(16, 97, 16)),
+    noise = Noise(rng.choice(("gaussian", "uniform")), rng.randint(0, 9) / 10)
+    return RnnTask(noise, rng.choice(range(16, 97, 16)),
                    random_signals(rng, bases, per_sample=True), random_signals(rng, bases, per_sample=True))
 
 
@@ -731,6 +732,7 @@ class RnnRegression(Regression):
 # ----------------------------------------------------------------------------------------------------- tasks
 # The tasks that the authors released. They made combo, nlp-combo and nlp-single by hand. Their task search found nb101,
 # darts and resnet on the spaces of these names, and nlp on nbnlp.
+AnyTask = Task | RnnTask
 TASKS: dict[str, AnyTask] = {
     "combo": COMBO,
     "nb101": Task(Noise("uniform", 0.1), (
@@ -860,10 +862,15 @@ class Scorer:
     seed, seeds: the seeds are seed, ..., seed + seeds - 1. A score is the mean over them. A seed determines synthetic
         images, targets, parameters and noise.
     device: the default is the first GPU, or the CPU if there is none.
+    out: a file that records the training runs; what it has from an earlier Scorer like this is not trained again.
+    workers: number of processes that train, on all GPUs if there are any.
+    progress: whether to print to stderr how many runs are done.
     """
 
     def __init__(self, space: Any, preset: str = "fast", task: AnyTask | str | None = None, images: str = "synthetic",
-                 seed: int = 0, device: str | None = None, steps: int | None = None, seeds: int = 1):
+                 seed: int = 0, device: str | None = None, steps: int | None = None, seeds: int = 1,
+                 out: str | None = None, workers: int = 1, progress: bool = False):
+        options, devices = {"space": space, "preset": preset, "images": images, "steps": steps}, find_devices(device)
         self.name = space if isinstance(space, str) else getattr(space, "name", type(space).__name__)
         own = not isinstance(space, str) and type(space).__module__ != "search_spaces"
         family = "" if own else self.name.removesuffix("-in").removesuffix("-fix")
@@ -872,7 +879,7 @@ class Scorer:
         if isinstance(space, str):
             import search_spaces  # not at the top, so that this file alone can score spaces that are objects
             space = search_spaces.get(space, **self.preset.sizes)
-        self.space, self.seeds, self.device = space, range(seed, seed + seeds), device or find_devices(None)[0]
+        self.space, self.seeds, self.device = space, range(seed, seed + seeds), devices[0]
 
         self.own_task = self.preset.task or getattr(space, "task", "nb101")
         self.task = read_task(task or self.own_task)
@@ -880,8 +887,9 @@ class Scorer:
         self.images = None if images == "synthetic" else read_images(images, self.settings.batch)
         self.images_name = images if self.images is None else f"sha256 {digest_of(self.images.numpy().tobytes())}"
         self.cached_task, self.regressions = self.task, {}  # the regressions of this task, by seed
-        self.record, self.progress = Record(), Progress()
-        self.train: Callable[[list[Item]], Iterable[Result]] = self.train_here  # the command line may use processes
+        self.record, self.progress = Record(out, self.made_with(self.task)), Progress(not progress)
+        self.pool = make_pool(options, workers, devices) if workers > 1 else None
+        self.train = partial(train_in_pool, self.pool) if self.pool else self.train_here  # list[Item] -> some Results
 
     def __call__(self, archs: list[Any], task: AnyTask | None = None, seeds: range | None = None) -> list[float]:
         """Return the scores. `task` and `seeds` replace the scorer's own."""
@@ -890,6 +898,8 @@ class Scorer:
         arch_of = dict(zip(keys, archs))
         asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # runs, and how often each is asked for
 
+        if self.progress.done + asked.total() > self.progress.total:  # a mode tells the total of all calls before
+            self.progress = Progress(self.progress.quiet, asked.total())
         self.progress.advance(sum(asked[run] for run in asked if run in known))
         items = [(run, task, arch_of[run[2]]) for run in asked if run not in known]
         train = self.train if len(items) > 1 else self.train_here
@@ -930,13 +940,13 @@ class Scorer:
             weights = {term: weights[term] for term in ("log loss", "log params") if term in weights}
         return task.weights or weights
 
-    def made_with(self) -> dict[str, Any]:
+    def made_with(self, task: AnyTask | None = None) -> dict[str, Any]:
         """Return the settings that all runs of a record share. The round trip through JSON makes tuples lists."""
         path = self.name.rpartition(":")[0]  # of a FILE.py:CLASS
         return json.loads(json.dumps({
             "losses": RECORD_VERSION, "space": self.name, "file": path and digest_of(Path(path).read_bytes()),
             "images": self.images_name, "device": torch.device(self.device).type, "sizes": self.preset.sizes,
-            **asdict(self.settings)}))
+            **asdict(self.settings), "task": task and json.loads(task_to_json(replace(task, weights=None)))}))
 
 
 def read_images(path: str, batch: int) -> Tensor:
@@ -945,11 +955,12 @@ def read_images(path: str, batch: int) -> Tensor:
     try:
         array = np.load(path, mmap_mode="r")  # a .npy is mapped, not read; pickles are refused
         if isinstance(array, np.lib.npyio.NpzFile):
-            array = next((array[name] for name in array.files if array[name].ndim == 4), np.empty(0))
+            array = next((array[name] for name in array.files if np.ndim(array[name]) == 4), np.empty(0))
         fits = array.ndim == 4 and 3 in (array.shape[1], array.shape[3]) and len(array) >= batch
         check(fits, "shape", array.shape, f"(N, H, W, 3) or (N, 3, H, W), N at least {batch}")
         values = np.array(array[:batch], np.float32) / np.float32(255 if array.dtype == np.uint8 else 1)
-        check(bool(0 <= values.min() <= values.max() <= 1), "values", array.dtype.name, "uint8, or float from 0 to 1")
+        low, high = values.min(), values.max()
+        check(bool(0 <= low <= high <= 1), f"values from {low:g} to {high:g}; expected uint8, or float from 0 to 1")
         with isolated(), torch.device("cpu"):
             images = torch.from_numpy(values)
             images = images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images
@@ -978,15 +989,19 @@ class Record:
         if not content:
             return self.write({"settings": settings})
         *lines, torn = content.split(b"\n")
-        is_record = content[:14] == b'{"settings": {' and len(lines) > 0
+        is_record = lines != [] and lines[0].startswith(b'{"settings": {') and lines[0].endswith(b"}}")
         check(is_record, f"{path}: the first line has no settings; use another --out file")
         made_with = json.loads(lines[0])["settings"]
         for name in settings | made_with:
             mine, other = settings.get(name), made_with.get(name)
             check(mine == other, f"{path}: it has {name} {other!r:.80}, not {mine!r:.80}; use another --out file")
-        for line in lines[1:]:
-            task, seed, key, _, loss, *rest = json.loads(line).values()
-            self.known[task, seed, key] = Trained(math.inf if loss is None else loss, *rest)
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                if line.strip():
+                    task, seed, key, _, loss, *rest = json.loads(line).values()
+                    self.known[task, seed, key] = Trained(math.inf if loss is None else loss, *rest)
+            except (AttributeError, TypeError, ValueError):
+                raise ValueError(f"{path}, line {number}: not a training") from None
         if torn:
             print(f"gennas: {path}: the incomplete last line is dropped", file=sys.stderr)
             self.file.truncate(len(content) - len(torn))
@@ -1009,18 +1024,21 @@ def finite(value: float) -> float | None:
 
 
 class Progress:
-    """Prints to stderr, at most every ten seconds, how many of `total` runs are done; nothing if the total is 0."""
+    """Prints to stderr how many of `total` runs are done, unless it is `quiet`. On a terminal, one line is rewritten;
+    elsewhere, a line is printed every ten seconds."""
 
-    def __init__(self, total: int = 0):
-        self.total, self.done, self.new = total, 0, 0
+    def __init__(self, quiet: bool, total: int = 0):
+        self.quiet, self.terminal, self.total, self.done, self.new = quiet, sys.stderr.isatty(), total, 0, 0
         self.start = self.shown = time.monotonic()
 
     def advance(self, count: int, new: int = 0) -> None:
         self.done, self.new, now = self.done + count, self.new + new, time.monotonic()
-        if self.total and now - self.shown >= 10:
+        last = self.terminal and self.done == self.total  # then the line is erased
+        if not self.quiet and (last or now - self.shown >= (0.2 if self.terminal else 10)):
             self.shown, rate = now, max(self.new, 1) / (now - self.start)
             left = (self.total - self.done) / rate
-            print(f"{self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left", file=sys.stderr)
+            text = "" if last else f"{self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left"
+            print(text, end="\033[K\r" if self.terminal else "\n", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------- workers
@@ -1029,7 +1047,7 @@ def find_devices(name: str | None) -> list[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus, cpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())], ["cpu"] * cores
     devices = {None: gpus or cpus, "cpu": cpus, "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
-    check(bool(devices.get(name)), "--device", name, " or ".join(["cpu", *gpus]))
+    check(bool(devices.get(name)), "--device", name, " or ".join(["cpu", *gpus]) if gpus else "cpu (no GPU here)")
     return devices[name]
 
 
@@ -1039,6 +1057,15 @@ def start_worker(options: dict[str, Any], devices: Any) -> None:
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     worker = Scorer(**options, device=devices.get())
+
+
+def make_pool(options: dict[str, Any], workers: int, devices: list[str]) -> ProcessPoolExecutor:
+    """Return a pool of processes on this machine. The devices are dealt out to them in turn."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    for number in range(workers):
+        queue.put(devices[number % len(devices)])
+    return ProcessPoolExecutor(workers, context, start_worker, (options, queue))
 
 
 def work(item: Item) -> Result:
@@ -1151,14 +1178,28 @@ def plot_history(path: str, history: Scored, label: str, title: str = "") -> Non
 
 # ----------------------------------------------------------------------------------------------------- modes
 # A mode checks its input, calls `begin` if it trains, prints its result, and returns the fields for --json.
+def first_look(space: Any) -> None:
+    """Raise ValueError if a space of one's own lacks a method, or if one drawn architecture shows that it is wrong."""
+    for method in ("random", "mutate", "build", "key", "parse", "format", "params"):
+        check(hasattr(space, method), f"the space has no method {method}")
+    arch = space.random(random.Random(0))
+    key, count = space.key(arch), space.params(arch)
+    check(isinstance(key, str), "key", key, "a string")
+    check(isinstance(count, (int, float, np.integer)), "params", count, "a number")
+    check(space.key(space.mutate(arch, random.Random(0))) != key, f"mutate returned a network with the same key, {key}")
+    text = space.format(arch)
+    check(space.key(space.parse(text)) == key, f"parse read {text!r}, which format wrote, as another network")
+
+
 def begin(scorer: Scorer, args: argparse.Namespace, runs: int) -> None:
     """Open the record, and print what begins."""
-    task = None if args.mode == "search-task" else json.loads(task_to_json(replace(scorer.task, weights=None)))
-    scorer.record = Record(args.out, scorer.made_with() | {"task": task})
+    task = None if args.mode == "search-task" else scorer.task
+    scorer.record = Record(args.out, scorer.made_with(task))
+    scorer.progress = Progress(args.quiet, runs)
     if not args.quiet:
-        scorer.progress = Progress(runs)
-        print(f"gennas: {args.mode} {scorer.name}, {f'task {args.task or scorer.own_task}, ' if task else ''}"
-              f"{scorer.settings.steps} steps, images {scorer.images_name}, on {scorer.device}", file=sys.stderr)
+        print(f"gennas: {args.mode} {scorer.name}, {f'task {args.task or scorer.own_task}, ' if task else ''}images "
+              f"{scorer.images_name}, on {scorer.device}; at most {runs} trainings of {scorer.settings.steps} steps",
+              file=sys.stderr)
 
 
 def result_of(space: Any, arch: Any, value: float) -> dict[str, Any]:
@@ -1169,17 +1210,18 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     """Search for the architecture with the best score."""
     space, limits = scorer.space, {"params": args.max_params, "flops": args.max_flops}
     limits = {name: limit for name, limit in limits.items() if limit}
-    counts_flops = bool(getattr(space, "flops", None))
-    check("flops" not in limits or counts_flops, f"--max-flops: {scorer.name} counts no operations; use --max-params")
-    draw, mutate = (partial(draw_within, limits, space, method) for method in (space.random, space.mutate))
-    draw(random.Random(args.seed))  # fail before anything is trained if nothing meets the limits
+    counted = "flops" not in limits or bool(getattr(space, "flops", None))
+    check(counted, f"--max-flops: {scorer.name} counts no operations; use --max-params")
+    draw = partial(draw_within, limits, space)
+    draw(random.Random(args.seed), tries=60)  # fail before anything is trained if nothing is within the limits
 
     seeds, finalists = range(scorer.seeds.stop, scorer.seeds.stop + 2), args.finalists
     if not finalists:  # the best network keeps the score that it has
         seeds, finalists = scorer.seeds, 1
     begin(scorer, args, (args.population + args.cycles) * args.seeds + finalists * len(seeds))
-    history, best = search_architecture(draw, mutate, space.key, scorer, partial(scorer, seeds=seeds),
-                                        random.Random(args.seed), finalists, **args.evolution)
+    history, best = search_architecture(draw, lambda parent, rng: draw(rng, parent), space.key, scorer,
+                                        partial(scorer, seeds=seeds), random.Random(args.seed), finalists,
+                                        **args.evolution)
     unique = len(distinct(history, space.key))
     check(best[0][1] < math.inf, f"all {unique} networks diverged")
 
@@ -1195,13 +1237,15 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     return results[0] | {"evaluated": len(history), "unique": unique, "finalists": results[:args.finalists]}
 
 
-def draw_within(limits: dict[str, int], space: Any, draw: Callable, *args: Any) -> Any:
-    """Call draw(*args) until the benchmark's own network is within limits, such as {"params": 1_000_000}."""
-    for arch in (draw(*args) for _ in range(500)):
+def draw_within(limits: dict[str, int], space: Any, rng: random.Random, parent: Any = None, tries: int = 500) -> Any:
+    """Return a mutant of the parent whose network in the benchmark is within limits, such as {"params": 1_000_000}. If
+    there is no parent, or no such mutant is found, return a random architecture within the limits."""
+    methods = [space.random] if parent is None else [partial(space.mutate, parent), space.random]
+    for arch in (method(rng) for method in methods for _ in range(tries)):
         if all(getattr(space, name)(arch) <= limit for name, limit in limits.items()):
             return arch
     words = " and ".join(f"--max-{name} {limit:,}" for name, limit in limits.items())
-    raise ValueError(f"none of 500 draws is within {words}; expected a wider limit")
+    raise ValueError(f"none of {tries} random networks is within {words}; expected a wider limit")
 
 
 def run_score(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
@@ -1273,15 +1317,17 @@ def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
                           **args.evolution)
     task, value = min(history, key=lambda pair: pair[1])
     weights, rho = fit_weights([scorer.trained(arch, task)[0] for arch, _ in labels], [value for _, value in labels])
-    fitted = rho > -value
-    task, rho = (replace(task, weights=weights), rho) if fitted else (task, -value)
+    if rho > -value:
+        task, how = replace(task, weights=weights), "by fitted weights, leave-one-out"
+    else:
+        how, rho = f"by the weights as they were, since fitted ones have {rho:.3f}, leave-one-out", -value
 
     print(task_to_json(task))
     result = {"task": json.loads(task_to_json(task)), "n": len(labels), "spearman": rho, "evaluated": len(history)}
-    summary = f"spearman {rho:.3f} on {len(labels)} networks{', leave-one-out, by fitted weights' if fitted else ''}"
+    summary = f"spearman {rho:.3f} on {len(labels)} networks, {how}"
     if len({value for _, value in others}) > 1:
         result |= {"n_held_out": len(others), "spearman_held_out": rho_of(scorer, others, task)}
-        summary += f"; {result['spearman_held_out']:.3f} on {len(others)} others"
+        summary += f"; {result['spearman_held_out']:.3f} on {len(others)} others, a test"
     print(f"gennas: {summary}; the best of {len(history)} tasks", file=sys.stderr)
     if args.plot:
         plot_history(args.plot, history, "- rho", summary)
@@ -1331,15 +1377,10 @@ OPTIONS = {  # name -> what it takes (N: a whole number), the modes that it belo
 }
 
 
-def fail(status: int, message: str) -> Any:
-    print(f"gennas: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     import search_spaces
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Defaults are in parentheses.")
-    parser.error = lambda message: fail(2, f"error: {message}")
+    parser.error = lambda message: parser.exit(2, f"gennas: error: {message}\n")
     option = parser.add_argument
     option("arch", nargs="*", metavar="ARCH", help="architecture to score, as its benchmark writes it; - reads stdin")
     option("--space", required=True, metavar="NAME", help=f"{', '.join(search_spaces.SPACES)}, or FILE.py:CLASS")
@@ -1383,45 +1424,46 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line. Wrong input gives one line on stderr and an exit status."""
     global pool  # this reference keeps the pool until its thread, whose own is weak, has cancelled items after Ctrl-C
     clock, args, pool, status, message = time.perf_counter(), parse_arguments(argv), None, 0, ""
-    kept = f"; what was trained is in {args.out}, the same command goes on from there" if args.out else ""
+    kept = f"what was trained is in {args.out}, the same command goes on from there" if args.out else "without --out"
     try:
         if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
             distributed.init_process_group("gloo", timeout=timedelta(days=99))
-        devices, rank = find_devices(args.device), int(os.environ.get("LOCAL_RANK", 0))
+        devices, device = find_devices(args.device), args.device
+        args.workers = args.workers or len(devices)
+        if torchrun:
+            args.workers, device = 1, devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
         options = {name: getattr(args, name) for name in ("space", "preset", "images", "seed", "steps", "seeds")}
         if torchrun and distributed.get_rank():  # items bring their task, so this rank needs no task file
-            return serve(Scorer(**options, device=devices[rank % len(devices)]))
-        scorer = Scorer(**options, task=args.task, device=devices[rank % len(devices)])
+            return serve(Scorer(**options, device=device))
+        scorer = Scorer(**options, task=args.task, device=device, workers=args.workers)
+        pool = scorer.pool
+        first_look(scorer.space)
         if args.plot:  # fail before anything is computed
             check(find_spec("matplotlib") is not None, "--plot needs matplotlib: pip install matplotlib")
             fits = Path(args.plot).suffix in (".png", ".pdf", ".svg") and args.plot != args.out
             check(fits, "--plot", args.plot, "a .png, .pdf or .svg file, and another than --out")
             open(args.plot, "ab").close()
-        args.workers = args.workers or len(devices)
         if torchrun:
             broadcast(scorer.made_with())
             scorer.train = partial(train_in_ranks, scorer)
-        elif args.workers > 1:
-            context = multiprocessing.get_context("spawn")
-            queue = context.SimpleQueue()
-            for rank in range(args.workers):
-                queue.put(devices[rank % len(devices)])
-            pool = ProcessPoolExecutor(args.workers, context, start_worker, (options, queue))
-            scorer.train = partial(train_in_pool, pool)
         result = MODES[args.mode](scorer, args)
     except KeyboardInterrupt:
-        status, message = 130, f"interrupted{kept}"
+        status, message = 130, f"interrupted; {kept}"
     except BrokenExecutor:
-        status, message = 1, f"error: a worker died{kept}"
+        status, message = 1, f"error: a worker died; {kept}"
     except (OSError, ValueError) as error:
-        status, message = 2, f"error: {str(error) or repr(error)}"
+        status, message, file = 2, f"error: {str(error) or repr(error)}", Path(args.space.rpartition(":")[0]).name
+        _, passed, after = "".join(traceback.format_exception(error)).rpartition(f'{file}", line ')
+        if file and passed:  # the last line of FILE.py that the error passed, here or in a worker
+            message += f", in {file}, line {after.partition(',')[0]}"
     finally:
         if pool:
             pool.shutdown(wait=status != 130, cancel_futures=True)  # after Ctrl-C, do not wait for workers
     if torchrun and status != 130:
         broadcast()
     if status:
-        fail(status, message)
+        print(f"gennas: {message}", file=sys.stderr)
+        sys.exit(status)
     if args.json:
         about = {"mode": args.mode, "space": args.space, "task": args.task or scorer.own_task, **result}
         print(json.dumps(about | {"preset": args.preset, "images": scorer.images_name,

@@ -33,7 +33,6 @@ from typing import Any, Callable, Iterable, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 
 # ----------------------------------------------------------------------------------------- computation graphs
@@ -183,12 +182,16 @@ class SearchSpace:
 
     @lru_cache(4096)
     def flops(self, arch: Any) -> int:
-        """Return the operations of one image's forward pass, as torch counts them: a multiply-add is two."""
+        """Return what torch's FlopCounterMode, which is slower, counts for one image: a multiply-add is two."""
         with torch.device("meta"):
-            network, image = self.build(arch, whole=True).eval(), torch.empty(1, 3, self.side, self.side)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(image)
-        return counter.get_total_flops()
+            network, counts = self.build(arch, whole=True).eval(), []
+        for layer in network.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.register_forward_hook(lambda op, _, y: counts.append(op.weight.numel() * y.shape[2:].numel()))
+        with torch.no_grad(), torch.device("cpu"):  # of a batch without images only the shapes are computed
+            tensors = {name: torch.empty(x.shape) for name, x in network.state_dict().items()}
+            torch.func.functional_call(network, tensors, torch.empty(0, 3, self.side, self.side))
+        return 2 * sum(counts)
 
 
 class Stages(nn.Sequential):
@@ -269,8 +272,8 @@ def value_of(node: ast.expr) -> Any:
             return dict(zip(map(value_of, keys), map(value_of, values)))
         case ast.Call(ast.Name("range"), ends):
             return [*range(*map(value_of, ends))]
-        case ast.Call(ast.Name("list" | "tuple" | "array"), [value]):
-            return value_of(value)
+        case ast.Call(ast.Name("list" | "tuple" | "array") | ast.Attribute(ast.Name("np")), [value]):
+            return value_of(value)  # np.int64(0), np.str_('none'), np.array(...): as NumPy prints them
         case ast.Call(ast.Name("Genotype"), values, words):
             fields = dict(zip(Genotype._fields, values)) | {word.arg: word.value for word in words}
             return {name: value_of(value) for name, value in fields.items()}
@@ -323,12 +326,12 @@ class NB201(SearchSpace):
 
     def read(self, text: str) -> tuple[str, ...]:
         text = "".join(text.split())
-        named = text.startswith("|")
-        pattern = re.escape(self.NAMES if named else self.NUMBERS).replace(r"\{\}", r"(\w+)")
+        named = "|" in text  # a log may have words before the cell
+        pattern = "[^|]*" * named + re.escape(self.NAMES if named else self.NUMBERS).replace(r"\{\}", r"(\w+)")
         ops, found = dict(zip(self.OPS if named else "01234", self.OPS)), re.match(pattern, text)
         for op in found.groups():
             require(op in ops, f"op {op!r}")
-        require_end(text[found.end():])
+        require_end(text[found.end():].lstrip(")]") if named else text[found.end():])
         return tuple(ops[op] for op in found.groups())
 
     def format(self, arch: tuple[str, ...]) -> str:
@@ -901,22 +904,25 @@ class NBNLP(SearchSpace):
         """Return all that `names` depend on, in one step or, through the hidden states, over all steps."""
         inputs = {node.name: node.inputs for node in nodes}
         if through_time:
-            inputs |= {name.replace("new", "prev"): (name,) for name in inputs if name.startswith("h_new")}
+            inputs |= {name.replace("new", "prev"): (name,) for name in self.new(inputs)}
         found = list(names)
         for name in found:  # grows on the way
             found += [source for source in inputs.get(name, ()) if source not in found]
         return found
 
+    def new(self, names: Iterable[str]) -> list[str]:
+        """Return the names that are new hidden states. A name such as h_new_1_part1 is that of a plain node."""
+        return [name for name in names if re.fullmatch(r"h_new_\d+", name)]
+
     def previous(self, arch: tuple[Node, ...]) -> list[str]:
         """Return the previous hidden states, one for each new one."""
-        return [node.name.replace("new", "prev") for node in arch if node.name.startswith("h_new")]
+        return [name.replace("new", "prev") for name in self.new(node.name for node in arch)]
 
     def valid(self, arch: tuple[Node, ...]) -> bool:
         """Return whether all nodes are used and no new hidden state reads a previous one, as the benchmark demands."""
-        new = [node for node in arch if node.name.startswith("h_new")]
-        used = self.reached(arch, [node.name for node in new])
-        reads_previous = any(source.startswith("h_prev") for node in new for source in node.inputs)
-        return len(used) == 1 + len(new) + len(arch) and not reads_previous
+        new, previous = self.new(node.name for node in arch), self.previous(arch)
+        reads_previous = any(source in previous for node in arch if node.name in new for source in node.inputs)
+        return len(self.reached(arch, new)) == 1 + len(new) + len(arch) and not reads_previous
 
     def in_order(self, arch: tuple[Node, ...]) -> list[Node]:
         nodes = {node.name: node for node in arch}
@@ -966,7 +972,7 @@ class NBNLP(SearchSpace):
         if "recepie" in nodes:  # the benchmark's own spelling
             nodes = literal(nodes["recepie"]) if isinstance(nodes["recepie"], str) else nodes["recepie"]
         arch = tuple(Node(name, node["op"], tuple(node["input"])) for name, node in nodes.items())
-        new = sorted(name for name in nodes if name.startswith("h_new"))
+        new = sorted(self.new(nodes))
         require(new in (["h_new_0"], ["h_new_0", "h_new_1"], ["h_new_0", "h_new_1", "h_new_2"]),
                 f"new hidden states {new}, expected one to three, from h_new_0 up")
         given = {"x", *self.previous(arch)}
@@ -1062,6 +1068,7 @@ def get(name: str, **sizes: Any) -> Any:
         return SPACES[name](**sizes)
     path, _, cls = name.rpartition(":")
     require(path.endswith(".py"), f"unknown space {name!r}", *SPACES, "FILE.py:CLASS")
+    sys.path.insert(0, str(Path(path).resolve().parent))  # for what it imports, as if it were run
     spec = importlib.util.spec_from_file_location("own_space", path)
     sys.modules["own_space"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
