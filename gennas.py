@@ -895,6 +895,7 @@ class Scorer:
         """Return the scores. `task` and `seeds` replace the scorer's own."""
         task, seeds, known = task or self.task, seeds or self.seeds, self.record.known
         keys, digest = [self.space.key(arch) for arch in archs], task_digest(task)
+        check(all(isinstance(key, str) for key in keys), "key", keys[:1], "a string")
         arch_of = dict(zip(keys, archs))
         asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # runs, and how often each is asked for
 
@@ -1183,11 +1184,9 @@ def first_look(space: Any) -> None:
     for method in ("random", "mutate", "build", "key", "parse", "format", "params"):
         check(hasattr(space, method), f"the space has no method {method}")
     arch = space.random(random.Random(0))
-    key, count = space.key(arch), space.params(arch)
-    check(isinstance(key, str), "key", key, "a string")
+    key, count, text = space.key(arch), space.params(arch), space.format(arch)
     check(isinstance(count, (int, float, np.integer)), "params", count, "a number")
-    check(space.key(space.mutate(arch, random.Random(0))) != key, f"mutate returned a network with the same key, {key}")
-    text = space.format(arch)
+    check(space.key(space.mutate(arch, random.Random(0))) != key, f"mutate returned the same key, {key!r:.80}")
     check(space.key(space.parse(text)) == key, f"parse read {text!r}, which format wrote, as another network")
 
 

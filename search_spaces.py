@@ -188,9 +188,9 @@ class SearchSpace:
         for layer in network.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.register_forward_hook(lambda op, _, y: counts.append(op.weight.numel() * y.shape[2:].numel()))
-        with torch.no_grad(), torch.device("cpu"):  # of a batch without images only the shapes are computed
-            tensors = {name: torch.empty(x.shape) for name, x in network.state_dict().items()}
-            torch.func.functional_call(network, tensors, torch.empty(0, 3, self.side, self.side))
+        tensors = {name: torch.empty(x.shape, device="cpu") for name, x in network.state_dict().items()}
+        with torch.no_grad():  # of a batch without images, only the shapes are computed
+            torch.func.functional_call(network, tensors, torch.empty(0, 3, self.side, self.side, device="cpu"))
         return 2 * sum(counts)
 
 
