@@ -730,9 +730,10 @@ class RnnRegression(Regression):
 
 
 # ----------------------------------------------------------------------------------------------------- tasks
+AnyTask = Task | RnnTask
+
 # The tasks that the authors released. They made combo, nlp-combo and nlp-single by hand. Their task search found nb101,
 # darts and resnet on the spaces of these names, and nlp on nbnlp.
-AnyTask = Task | RnnTask
 TASKS: dict[str, AnyTask] = {
     "combo": COMBO,
     "nb101": Task(Noise("uniform", 0.1), (
@@ -862,8 +863,8 @@ class Scorer:
     seed, seeds: the seeds are seed, ..., seed + seeds - 1. A score is the mean over them. A seed determines synthetic
         images, targets, parameters and noise.
     device: the default is the first GPU, or the CPU if there is none.
-    out: a file that records the training runs; what it has from an earlier Scorer like this is not trained again.
-    workers: number of processes that train, on all GPUs if there are any.
+    out: a file that records the training runs. Another Scorer with the same settings goes on from it.
+    workers: the number of processes that train. They use all GPUs, if there are any.
     progress: whether to print to stderr how many runs are done.
     """
 
@@ -887,15 +888,16 @@ class Scorer:
         self.images = None if images == "synthetic" else read_images(images, self.settings.batch)
         self.images_name = images if self.images is None else f"sha256 {digest_of(self.images.numpy().tobytes())}"
         self.cached_task, self.regressions = self.task, {}  # the regressions of this task, by seed
-        self.record, self.progress = Record(out, self.made_with(self.task)), Progress(not progress)
+        self.record, self.progress = Record(out, self.made_with(self.task) if out else None), Progress(not progress)
         self.pool = make_pool(options, workers, devices) if workers > 1 else None
-        self.train = partial(train_in_pool, self.pool) if self.pool else self.train_here  # list[Item] -> some Results
+        self.train = partial(train_in_pool, self.pool) if self.pool else self.train_here  # list[Item] -> Results
 
     def __call__(self, archs: list[Any], task: AnyTask | None = None, seeds: range | None = None) -> list[float]:
         """Return the scores. `task` and `seeds` replace the scorer's own."""
         task, seeds, known = task or self.task, seeds or self.seeds, self.record.known
         keys, digest = [self.space.key(arch) for arch in archs], task_digest(task)
-        check(all(isinstance(key, str) for key in keys), "key", keys[:1], "a string")
+        for key in keys:
+            check(isinstance(key, str), "key", key, "a string")
         arch_of = dict(zip(keys, archs))
         asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # runs, and how often each is asked for
 
@@ -1036,7 +1038,7 @@ class Progress:
         self.done, self.new, now = self.done + count, self.new + new, time.monotonic()
         last = self.terminal and self.done == self.total  # then the line is erased
         if not self.quiet and (last or now - self.shown >= (0.2 if self.terminal else 10)):
-            self.shown, rate = now, max(self.new, 1) / (now - self.start)
+            self.shown, rate = now, max(self.new, 1) / max(now - self.start, 0.001)
             left = (self.total - self.done) / rate
             text = "" if last else f"{self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left"
             print(text, end="\033[K\r" if self.terminal else "\n", file=sys.stderr, flush=True)
@@ -1101,7 +1103,7 @@ def train_share(scorer: Scorer, items: list[Item]) -> Iterator[Result]:
         for result in scorer.train_here(items[rank::world]):
             results.append(result)
     except Exception as raised:
-        error = raised
+        error, raised.trace = raised, traceback.format_exc()  # pickled, an error has no traceback
     shares = [None] * world if rank == 0 else None
     distributed.gather_object((results, error), shares)
     if rank == 0:
@@ -1423,7 +1425,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line. Wrong input gives one line on stderr and an exit status."""
     global pool  # this reference keeps the pool until its thread, whose own is weak, has cancelled items after Ctrl-C
     clock, args, pool, status, message = time.perf_counter(), parse_arguments(argv), None, 0, ""
-    kept = f"what was trained is in {args.out}, the same command goes on from there" if args.out else "without --out"
+    kept = f"what was trained is in {args.out}; the same command goes on" if args.out else "nothing is kept without --out"
     try:
         if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
             distributed.init_process_group("gloo", timeout=timedelta(days=99))
@@ -1452,8 +1454,9 @@ def main(argv: list[str] | None = None) -> None:
         status, message = 1, f"error: a worker died; {kept}"
     except (OSError, ValueError) as error:
         status, message, file = 2, f"error: {str(error) or repr(error)}", Path(args.space.rpartition(":")[0]).name
-        _, passed, after = "".join(traceback.format_exception(error)).rpartition(f'{file}", line ')
-        if file and passed:  # the last line of FILE.py that the error passed, here or in a worker
+        trace = getattr(error, "trace", "".join(traceback.format_exception(error)))
+        _, passed, after = trace.rpartition(f'{file}", line ')
+        if file and passed:  # the last line of FILE.py that the error passed, in this process or in another
             message += f", in {file}, line {after.partition(',')[0]}"
     finally:
         if pool:
