@@ -301,7 +301,7 @@ class Regression:
     def __init__(self, task: Any, images: Tensor, settings: Settings = Settings(), seed: int = 0, device: str = "cpu"):
         self.task, self.settings, self.seed, self.device = task, settings, seed, torch.device(device)
         self.stages = [stage for stage, weight in enumerate(settings.stage_weights) if weight]  # those with a weight
-        self.sides: list[int] = []  # of the first network's taps
+        self.sides: list[int] = []  # the sides of the first network's taps
         with isolated(self.device), torch.device("cpu"):
             self.input, *self.targets = [x.to(self.device) for x in self.draw_tensors(images)]
             self.stage_weights = torch.tensor(settings.stage_weights).float()[self.stages].to(self.device)
@@ -383,15 +383,15 @@ class Regression:
         return torch.optim.SGD(groups, settings.learning_rate, settings.momentum, fused=True)
 
     def taps(self, body: nn.Module, images: Tensor) -> list[Tensor]:
-        """Return the network's three taps (B, C, h, h). ValueError if it returns anything else, or maps of other sides
-        than those of the first network."""
+        """Return the network's three taps (B, C, h, h). ValueError if it returns anything else, or if the sides differ
+        from those of the first network."""
         taps = body(images)
         shapes = [tuple(tap.shape) for tap in taps] if isinstance(taps, (list, tuple)) else []
         sides = [shape[2] for shape in shapes if len(shape) == 4 and shape[2] == shape[3]]
-        self.sides = self.sides or sides
-        if not len(shapes) == len(sides) == len(self.targets) or sides != self.sides:
+        if not len(shapes) == len(sides) == len(self.targets) or sides != (self.sides or sides):
             came = shapes or f"a {type(taps).__name__.lower()}"
             raise ValueError(f"feature maps: expected three (B, C, H, H), with the same H in all networks, not {came}")
+        self.sides = sides
         return taps
 
     def match_sizes(self, stage: int, tap: Tensor) -> tuple[Tensor, Tensor]:
@@ -619,8 +619,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "nb201": Preset(replace(FAST, steps=10, learning_rate=0.3, batch=8, side=24, stage_weights=(0.0, 0.5, 1.0)),
                         {"width": 8, "cells": 5, "all_blocks": True},
                         {"log loss": 1.0, "log params": -0.07, "log loss 3 before": -0.15}),
-        # Here deep networks are more accurate, but after so few steps their losses are higher: the loss alone ranks
-        # backwards.
+        # Deep networks are more accurate, but after so few steps their losses are higher: the loss ranks backwards.
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32), {"width": 8}, {
             "log loss": 1.0, "log loss 1 after": 7.0, "log loss 2 after": -1.4, "log loss 3 before": -0.2}, "combo"),
         "nbnlp": Preset(replace(FAST, steps=72, batch=32, size=4),
@@ -863,8 +862,9 @@ class Scorer:
     seed, seeds: the seeds are seed, ..., seed + seeds - 1. A score is the mean over them. A seed determines synthetic
         images, targets, parameters and noise.
     device: the default is the first GPU, or the CPU if there is none.
-    out: a file that records the training runs. Another Scorer with the same settings goes on from it.
-    workers: the number of processes that train. They use all GPUs, if there are any.
+    out: a file that records the training runs. Another Scorer with the same settings goes on from it. Of a space that
+        is an object, it does not notice changes.
+    workers: the number of processes that train. If there are GPUs and no `device` is given, they use all of them.
     progress: whether to print to stderr how many runs are done.
     """
 
@@ -890,18 +890,17 @@ class Scorer:
         self.cached_task, self.regressions = self.task, {}  # the regressions of this task, by seed
         self.record, self.progress = Record(out, self.made_with(self.task) if out else None), Progress(not progress)
         self.pool = make_pool(options, workers, devices) if workers > 1 else None
-        self.train = partial(train_in_pool, self.pool) if self.pool else self.train_here  # list[Item] -> Results
+        self.train = partial(train_in_pool, self.pool) if self.pool else self.train_here
 
     def __call__(self, archs: list[Any], task: AnyTask | None = None, seeds: range | None = None) -> list[float]:
         """Return the scores. `task` and `seeds` replace the scorer's own."""
         task, seeds, known = task or self.task, seeds or self.seeds, self.record.known
         keys, digest = [self.space.key(arch) for arch in archs], task_digest(task)
-        for key in keys:
-            check(isinstance(key, str), "key", key, "a string")
+        check(all(isinstance(key, str) for key in keys), "keys", keys, "strings")
         arch_of = dict(zip(keys, archs))
         asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # runs, and how often each is asked for
 
-        if self.progress.done + asked.total() > self.progress.total:  # a mode tells the total of all calls before
+        if self.progress.done + asked.total() > self.progress.total:  # `begin` has set the total of a mode's calls
             self.progress = Progress(self.progress.quiet, asked.total())
         self.progress.advance(sum(asked[run] for run in asked if run in known))
         items = [(run, task, arch_of[run[2]]) for run in asked if run not in known]
@@ -1045,13 +1044,13 @@ class Progress:
 
 
 # --------------------------------------------------------------------------------------------------- workers
-def find_devices(name: str | None) -> list[str]:
+def find_devices(name: Any) -> list[str]:
     """Return the devices of a `--device` option, one for each worker. ValueError if this machine has no such device."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus, cpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())], ["cpu"] * cores
-    devices = {None: gpus or cpus, "cpu": cpus, "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
-    check(bool(devices.get(name)), "--device", name, " or ".join(["cpu", *gpus]) if gpus else "cpu (no GPU here)")
-    return devices[name]
+    devices = {"None": gpus or cpus, "cpu": cpus, "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
+    check(bool(devices.get(str(name))), "--device", name, " or ".join(["cpu", *gpus]) if gpus else "cpu (no GPU here)")
+    return devices[str(name)]
 
 
 def start_worker(options: dict[str, Any], devices: Any) -> None:
@@ -1079,8 +1078,10 @@ def train_in_pool(pool: ProcessPoolExecutor, items: list[Item]) -> Iterator[Resu
     """Train the items in a pool of processes on this machine. The processes start with the first call. If an item
     fails, yield the results of all others that are done, then raise the error."""
     handler = os_signal.signal(os_signal.SIGINT, os_signal.SIG_IGN)  # processes that start now ignore Ctrl-C, too
-    waiting = {pool.submit(work, item) for item in items}
-    os_signal.signal(os_signal.SIGINT, handler)
+    try:
+        waiting = {pool.submit(work, item) for item in items}
+    finally:
+        os_signal.signal(os_signal.SIGINT, handler)
     for future in as_completed(waiting):
         waiting.remove(future)
         if future.exception():
@@ -1182,14 +1183,15 @@ def plot_history(path: str, history: Scored, label: str, title: str = "") -> Non
 # ----------------------------------------------------------------------------------------------------- modes
 # A mode checks its input, calls `begin` if it trains, prints its result, and returns the fields for --json.
 def first_look(space: Any) -> None:
-    """Raise ValueError if a space of one's own lacks a method, or if one drawn architecture shows that it is wrong."""
+    """Raise ValueError if a space of one's own lacks a method, or if one fails on a random architecture."""
     for method in ("random", "mutate", "build", "key", "parse", "format", "params"):
         check(hasattr(space, method), f"the space has no method {method}")
     arch = space.random(random.Random(0))
     key, count, text = space.key(arch), space.params(arch), space.format(arch)
+    check(isinstance(key, str), "key", key, "a string")
     check(isinstance(count, (int, float, np.integer)), "params", count, "a number")
     check(space.key(space.mutate(arch, random.Random(0))) != key, f"mutate returned the same key, {key!r:.80}")
-    check(space.key(space.parse(text)) == key, f"parse read {text!r}, which format wrote, as another network")
+    check(space.key(space.parse(text)) == key, f"parse reads {text!r:.80}, which format wrote, as another network")
 
 
 def begin(scorer: Scorer, args: argparse.Namespace, runs: int) -> None:
@@ -1213,16 +1215,14 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     limits = {name: limit for name, limit in limits.items() if limit}
     counted = "flops" not in limits or bool(getattr(space, "flops", None))
     check(counted, f"--max-flops: {scorer.name} counts no operations; use --max-params")
-    draw = partial(draw_within, limits, space)
-    draw(random.Random(args.seed), tries=60)  # fail before anything is trained if nothing is within the limits
+    draw, mutate = partial(draw_within, limits, space, None), partial(draw_within, limits, space)
+    draw(random.Random(args.seed), tries=60)  # fail soon if nothing is within the limits
 
-    seeds, finalists = range(scorer.seeds.stop, scorer.seeds.stop + 2), args.finalists
-    if not finalists:  # the best network keeps the score that it has
-        seeds, finalists = scorer.seeds, 1
+    finalists = args.finalists or 1  # without a finale, the best network keeps the score that it has
+    seeds = range(scorer.seeds.stop, scorer.seeds.stop + 2) if args.finalists else scorer.seeds
     begin(scorer, args, (args.population + args.cycles) * args.seeds + finalists * len(seeds))
-    history, best = search_architecture(draw, lambda parent, rng: draw(rng, parent), space.key, scorer,
-                                        partial(scorer, seeds=seeds), random.Random(args.seed), finalists,
-                                        **args.evolution)
+    history, best = search_architecture(draw, mutate, space.key, scorer, partial(scorer, seeds=seeds),
+                                        random.Random(args.seed), finalists, **args.evolution)
     unique = len(distinct(history, space.key))
     check(best[0][1] < math.inf, f"all {unique} networks diverged")
 
@@ -1238,9 +1238,9 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     return results[0] | {"evaluated": len(history), "unique": unique, "finalists": results[:args.finalists]}
 
 
-def draw_within(limits: dict[str, int], space: Any, rng: random.Random, parent: Any = None, tries: int = 500) -> Any:
-    """Return a mutant of the parent whose network in the benchmark is within limits, such as {"params": 1_000_000}. If
-    there is no parent, or no such mutant is found, return a random architecture within the limits."""
+def draw_within(limits: dict[str, int], space: Any, parent: Any, rng: random.Random, tries: int = 500) -> Any:
+    """Return a mutant of the parent or, if the parent is None or none of its mutants is within the limits, a random
+    architecture. The limits, such as {"params": 1_000_000}, are those of the benchmark's own network."""
     methods = [space.random] if parent is None else [partial(space.mutate, parent), space.random]
     for arch in (method(rng) for method in methods for _ in range(tries)):
         if all(getattr(space, name)(arch) <= limit for name, limit in limits.items()):
@@ -1319,16 +1319,16 @@ def run_search_task(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     task, value = min(history, key=lambda pair: pair[1])
     weights, rho = fit_weights([scorer.trained(arch, task)[0] for arch, _ in labels], [value for _, value in labels])
     if rho > -value:
-        task, how = replace(task, weights=weights), "by fitted weights, leave-one-out"
+        task, how = replace(task, weights=weights), "by fitted weights and leave-one-out"
     else:
-        how, rho = f"by the weights as they were, since fitted ones have {rho:.3f}, leave-one-out", -value
+        how, rho = f"by the weights as they were, since fitted ones reach {rho:.3f} by leave-one-out", -value
 
     print(task_to_json(task))
     result = {"task": json.loads(task_to_json(task)), "n": len(labels), "spearman": rho, "evaluated": len(history)}
     summary = f"spearman {rho:.3f} on {len(labels)} networks, {how}"
     if len({value for _, value in others}) > 1:
         result |= {"n_held_out": len(others), "spearman_held_out": rho_of(scorer, others, task)}
-        summary += f"; {result['spearman_held_out']:.3f} on {len(others)} others, a test"
+        summary += f"; {result['spearman_held_out']:.3f} on {len(others)} others, held out"
     print(f"gennas: {summary}; the best of {len(history)} tasks", file=sys.stderr)
     if args.plot:
         plot_history(args.plot, history, "- rho", summary)
@@ -1414,8 +1414,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, min(value, args.population) if name in ("tournament", "batch") else value)
-    for name in ("tournament", "batch"):
-        if getattr(args, name) > args.population:
+        if name in ("tournament", "batch") and getattr(args, name) > args.population:
             parser.error(f"--{name} {getattr(args, name)}: expected at most the population, {args.population}")
     args.evolution = {name: getattr(args, name) for name in ("population", "tournament", "cycles", "batch")}
     return args
@@ -1425,18 +1424,18 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line. Wrong input gives one line on stderr and an exit status."""
     global pool  # this reference keeps the pool until its thread, whose own is weak, has cancelled items after Ctrl-C
     clock, args, pool, status, message = time.perf_counter(), parse_arguments(argv), None, 0, ""
-    kept = f"what was trained is in {args.out}; the same command goes on" if args.out else "nothing is kept without --out"
+    kept = f"what was trained is in {args.out}; the same command resumes" if args.out else "nothing is kept (no --out)"
     try:
         if torchrun := "TORCHELASTIC_RUN_ID" in os.environ:
             distributed.init_process_group("gloo", timeout=timedelta(days=99))
         devices, device = find_devices(args.device), args.device
         args.workers = args.workers or len(devices)
         if torchrun:
-            args.workers, device = 1, devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
+            device = devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
         options = {name: getattr(args, name) for name in ("space", "preset", "images", "seed", "steps", "seeds")}
         if torchrun and distributed.get_rank():  # items bring their task, so this rank needs no task file
             return serve(Scorer(**options, device=device))
-        scorer = Scorer(**options, task=args.task, device=device, workers=args.workers)
+        scorer = Scorer(**options, task=args.task, device=device, workers=1 if torchrun else args.workers)
         pool = scorer.pool
         first_look(scorer.space)
         if args.plot:  # fail before anything is computed
@@ -1453,11 +1452,11 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenExecutor:
         status, message = 1, f"error: a worker died; {kept}"
     except (OSError, ValueError) as error:
-        status, message, file = 2, f"error: {str(error) or repr(error)}", Path(args.space.rpartition(":")[0]).name
+        status, message, file = 2, f"error: {str(error) or repr(error)}", Path(args.space.rpartition(":")[0]).resolve()
         trace = getattr(error, "trace", "".join(traceback.format_exception(error)))
-        _, passed, after = trace.rpartition(f'{file}", line ')
-        if file and passed:  # the last line of FILE.py that the error passed, in this process or in another
-            message += f", in {file}, line {after.partition(',')[0]}"
+        _, passed, after = trace.rpartition(f'"{file}", line ')
+        if passed:  # the last line of FILE.py that the error passed, in this process or in another
+            message += f", in {file.name}, line {after.partition(',')[0]}"
     finally:
         if pool:
             pool.shutdown(wait=status != 130, cancel_futures=True)  # after Ctrl-C, do not wait for workers

@@ -182,7 +182,7 @@ class SearchSpace:
 
     @lru_cache(4096)
     def flops(self, arch: Any) -> int:
-        """Return what torch's FlopCounterMode, which is slower, counts for one image: a multiply-add is two."""
+        """Return the operations for one image, a multiply-add being two. FlopCounterMode counts the same, slowly."""
         with torch.device("meta"):
             network, counts = self.build(arch, whole=True).eval(), []
         for layer in network.modules():
@@ -1069,7 +1069,7 @@ def get(name: str, **sizes: Any) -> Any:
     path, _, cls = name.rpartition(":")
     require(path.endswith(".py"), f"unknown space {name!r}", *SPACES, "FILE.py:CLASS")
     sys.path.insert(0, str(Path(path).resolve().parent))  # for what it imports, as if it were run
-    spec = importlib.util.spec_from_file_location("own_space", path)
+    spec = importlib.util.spec_from_file_location("own_space", Path(path).resolve())
     sys.modules["own_space"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     require(hasattr(module, cls), f"space {name!r}: no {cls!r} in {path}, expected the name of a class")
