@@ -480,6 +480,10 @@ def distinct(pairs: Iterable[tuple[Any, Any]], key: Callable[[Any], str]) -> lis
     return list(first.values())
 
 
+def random_noise(rng: random.Random) -> Noise:
+    return Noise(rng.choice(("gaussian", "uniform")), rng.randint(0, 9) / 10)
+
+
 def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tuple[Signal, ...]:
     """Draw a signal of each basis with chance 1/2. Its fields are random, except those that are `fixed`."""
     signals = []
@@ -494,7 +498,7 @@ def random_signals(rng: random.Random, bases: Iterable[str], **fixed: Any) -> tu
 
 def random_task(rng: random.Random) -> Task:
     """Draw a task from the paper's search space (paper, 3.4)."""
-    noise = Noise(rng.choice(("gaussian", "uniform")), rng.randint(0, 9) / 10)
+    noise = random_noise(rng)
     return Task(noise, tuple(Stage(rng.choice(range(16, 97, 16)), random_signals(rng, BASES)) for _ in range(3)))
 
 
@@ -619,7 +623,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "nb201": Preset(replace(FAST, steps=10, learning_rate=0.3, batch=8, side=24, stage_weights=(0.0, 0.5, 1.0)),
                         {"width": 8, "cells": 5, "all_blocks": True},
                         {"log loss": 1.0, "log params": -0.07, "log loss 3 before": -0.15}),
-        # Deep networks are more accurate, but after so few steps their losses are higher: the loss ranks backwards.
+        # Here deep networks are more accurate, but after few steps their losses are higher: the loss ranks backwards.
         "nbmacro": Preset(replace(FAST, steps=8, learning_rate=0.3, batch=32), {"width": 8}, {
             "log loss": 1.0, "log loss 1 after": 7.0, "log loss 2 after": -1.4, "log loss 3 before": -0.2}, "combo"),
         "nbnlp": Preset(replace(FAST, steps=72, batch=32, size=4),
@@ -684,8 +688,7 @@ class RnnTask:
 
 def random_rnn_task(rng: random.Random) -> RnnTask:
     bases = [basis for basis in BASES if basis != "resize"]
-    noise = Noise(rng.choice(("gaussian", "uniform")), rng.randint(0, 9) / 10)
-    return RnnTask(noise, rng.choice(range(16, 97, 16)),
+    return RnnTask(random_noise(rng), rng.choice(range(16, 97, 16)),
                    random_signals(rng, bases, per_sample=True), random_signals(rng, bases, per_sample=True))
 
 
@@ -900,7 +903,7 @@ class Scorer:
         arch_of = dict(zip(keys, archs))
         asked = Counter((digest, seed, key) for key in keys for seed in seeds)  # runs, and how often each is asked for
 
-        if self.progress.done + asked.total() > self.progress.total:  # `begin` has set the total of a mode's calls
+        if self.progress.done + asked.total() > self.progress.total:  # from Python, each call is counted anew
             self.progress = Progress(self.progress.quiet, asked.total())
         self.progress.advance(sum(asked[run] for run in asked if run in known))
         items = [(run, task, arch_of[run[2]]) for run in asked if run not in known]
@@ -943,7 +946,8 @@ class Scorer:
         return task.weights or weights
 
     def made_with(self, task: AnyTask | None = None) -> dict[str, Any]:
-        """Return the settings that all runs of a record share. The round trip through JSON makes tuples lists."""
+        """Return the settings that all runs of a record share, with the task if all have the same. The round trip
+        through JSON makes tuples lists."""
         path = self.name.rpartition(":")[0]  # of a FILE.py:CLASS
         return json.loads(json.dumps({
             "losses": RECORD_VERSION, "space": self.name, "file": path and digest_of(Path(path).read_bytes()),
@@ -1048,9 +1052,10 @@ def find_devices(name: Any) -> list[str]:
     """Return the devices of a `--device` option, one for each worker. ValueError if this machine has no such device."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus, cpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())], ["cpu"] * cores
-    devices = {"None": gpus or cpus, "cpu": cpus, "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
-    check(bool(devices.get(str(name))), "--device", name, " or ".join(["cpu", *gpus]) if gpus else "cpu (no GPU here)")
-    return devices[str(name)]
+    devices = {None: gpus or cpus, "cpu": cpus, "cuda": gpus, **{gpu: [gpu] for gpu in gpus}}
+    name = name and str(name)  # it may be a torch.device
+    check(bool(devices.get(name)), "--device", name, " or ".join(["cpu", *gpus]) if gpus else "cpu (no GPU here)")
+    return devices[name]
 
 
 def start_worker(options: dict[str, Any], devices: Any) -> None:

@@ -182,7 +182,7 @@ class SearchSpace:
 
     @lru_cache(4096)
     def flops(self, arch: Any) -> int:
-        """Return the operations for one image, a multiply-add being two. FlopCounterMode counts the same, slowly."""
+        """Return the operations for one image, a multiply-add being two. FlopCounterMode agrees, but takes longer."""
         with torch.device("meta"):
             network, counts = self.build(arch, whole=True).eval(), []
         for layer in network.modules():
