@@ -556,7 +556,8 @@ def test_a_scorer_with_workers_a_record_and_progress_on_a_terminal(monkeypatch, 
 
 
 def test_weights_and_presets():
-    """All weights of a preset hold for the family's own task and steps; else the loss and the size count."""
+    """All weights of a preset hold for the family's own task and steps; else the loss and the size count. With a
+    recurrent network the loss counts alone."""
     assert all({*preset.weights} <= {*gennas.TERMS} for table in gennas.PRESETS.values() for preset in table.values())
     assert Scorer("darts", "paper").own_task == "darts" and Scorer("nb201", "paper").settings == Settings()
     scorer, size = Scorer("nb201"), {"log loss": 1.0, "log params": -0.07}
@@ -567,6 +568,8 @@ def test_weights_and_presets():
     assert scorer.weights(scorer.task) == size
     Named = type("Named", (NB201,), {"name": "resnet"})  # a space of one's own, whatever its name
     assert Scorer(Named()).preset == gennas.PRESETS["fast"][""]
+    recurrent = Scorer(type("Recurrent", (NBNLP,), {})())
+    assert recurrent.weights(recurrent.task) == {"log loss": 1.0} and recurrent.preset == Scorer(Named()).preset
 
 
 def test_a_diverged_network_is_the_last(tmp_path):
@@ -863,10 +866,10 @@ def test_errors_are_one_line_and_exit_2(refused, wrong_files, monkeypatch, words
     ("class Plain", "class Fancy", "no 'Plain' in"), ("class Plain:", "class Plain:\n    task = 'guess'", "guess"),
     ("return self.format(arch)", "return arch", "key: expected a string"), ("def params", "def size", "has no method"),
     ("self.format(arch)", "'same'", "mutate returned"), ("i = rng.randrange(3)", "return arch", "mutate returned"),
-    ('",".join', '"7,7,".join', "in mine.py, line 26\n"), ("i = rng.randrange(3)", "raise ValueError", "ValueError()"),
-    ("first, second, third = arch", "raise ValueError('deep')", "deep, in mine.py, line 17\n"),
-    ("class Plain:", "class Plain:\n    labels = [('1,3,5', 1), ('1,3,7', 2)]", "(expected 3), in mine.py, line 18\n"),
-    ("Stages(", "Stages(nn.Threshold(1e9, float('inf')), ", "networks diverged")], ids=str)
+    ('",".join', '"7,7,".join', "in mine.py, line 30\n"), ("i = rng.randrange(3)", "raise ValueError", "ValueError()"),
+    ("first, second, third = arch", "raise ValueError('deep')", "deep, in mine.py, line 21\n"),
+    ("class Plain:", "class Plain:\n    labels = [('1,3,5', 1), ('1,3,7', 2)]", "(expected 3), in mine.py, line 22\n"),
+    ("Stages(", "Stages(nn.Sequential(nn.Threshold(1e9, float('inf'))), ", "networks diverged")], ids=str)
 def test_a_wrong_space_is_told_in_one_line(refused, tmp_path, right, wrong, wanted):
     (tmp_path / "mine.py").write_text(PLAIN.replace(right, wrong))
     refused([wanted], "--space", tmp_path / "mine.py:Plain", "--quiet", *(
@@ -1383,7 +1386,8 @@ def test_readme_python(code, tmp_path, monkeypatch):
                           "train_logs_single_run/c": log | {"val_losses": []}}.items():
         Path(f"{file}.json").write_text(json.dumps(content))
     Path("data_batch_1").write_bytes(pickle.dumps({b"data": np.arange(20 * 3072, dtype=np.uint8).reshape(20, 3072)}, 2))
-    monkeypatch.setitem(gennas.PRESETS["fast"], "nb201", gennas.Preset(Settings(steps=1), {"width": 4, "cells": 1}))
+    for family in ("nb201", ""):
+        monkeypatch.setitem(gennas.PRESETS["fast"], family, gennas.Preset(Settings(steps=1), {"width": 4, "cells": 1}))
     for file in ("nb201.json", "unseen.json"):
         labels_file(Path(file), NB201(), [cells[0] for cells in list(classes().values())[:12]])
     Path("found.jsonl").write_text(json.dumps({"arch": RICH}) + "\n")
