@@ -607,7 +607,7 @@ class Preset(NamedTuple):
 # 70 to 120 networks each of three NDS spaces (NDS: the last eight families). The README has the effect of each change.
 FAST = Settings(steps=16, learning_rate=1.0, rnn_learning_rate=0.005, side=16, ridge=1.0)
 WITH_SIZE = {"log loss": 1.0, "log params": -0.03}  # of two networks with the same loss, the larger one is better
-WITH_STAGES = WITH_SIZE | {"log loss 1 after": 1.0, "log loss 2 after": 1.0}
+WITH_STAGES = {"log loss": 1.0, "log loss 1 after": 1.0, "log loss 2 after": 1.0, "log params": -0.03}
 CELLS = Preset(replace(FAST, steps=6), {"shrink": 4, "all_blocks": True}, WITH_STAGES | {"log params": -0.06}, "combo")
 RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, WITH_SIZE, "combo")
 
