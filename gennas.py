@@ -616,7 +616,7 @@ RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, WITH_SIZE, "comb
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {"": Preset(Settings()), "nbnlp": Preset(Settings(), {"reservoir": True})},
     "fast": {
-        # The one score that ranks well on six benchmarks, each trained with these settings and heads on all blocks.
+        # Chosen for the worst of six benchmarks, each trained with these settings and heads that read all blocks.
         "": Preset(FAST, weights=WITH_STAGES),
         # In nb101 and nb201 a low loss of stage 1 goes with a low accuracy, so stage 1 has weight 0.
         "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True},
