@@ -1227,7 +1227,9 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     draw(random.Random(args.seed), tries=60)  # fail soon if nothing is within the limits
 
     finalists = args.finalists or 1  # without a finale, the best network keeps the score that it has
-    seeds = range(scorer.seeds.stop, scorer.seeds.stop + 2) if args.finalists else scorer.seeds
+    anew = max(args.seeds, 2)
+    first = 10**6 + anew * args.seed  # no other search uses these seeds, or else searches would not be independent
+    seeds = range(first, first + anew) if args.finalists else scorer.seeds
     begin(scorer, args, (args.population + args.cycles) * args.seeds + finalists * len(seeds))
     history, best = search_architecture(draw, mutate, space.key, scorer, partial(scorer, seeds=seeds),
                                         random.Random(args.seed), finalists, **args.evolution)
@@ -1238,7 +1240,7 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     print(f"{results[0]['arch']}\nscore {best[0][1]:.4f}{' in the finale' if args.finalists else ''}, "
           f"{results[0]['params']:,} parameters; {len(history)} evaluated architectures, {unique} different networks")
     if args.finalists:
-        print(f"\nFinale, by seeds {seeds[0]} and {seeds[1]}:\nrank     score   parameters  architecture")
+        print(f"\nFinale, by seeds {seeds[0]} to {seeds[-1]}:\nrank     score   parameters  architecture")
     for rank, (result, (_, value)) in enumerate(zip(results[:args.finalists], best), start=1):
         print("{:>4} {:>9.4f} {params:>12,}  {arch}".format(rank, value, **result))
     if args.plot:
