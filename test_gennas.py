@@ -713,7 +713,7 @@ def plot_to(path: Path) -> tuple:
 
 
 def test_search(run, result, tmp_path):
-    """The finalists are ranked by as many seeds, which no search uses; without them the answer is what it found."""
+    """The finale has seeds of its own, as many as the search; without it the answer is what the search found."""
     out, plot = tmp_path / "out.jsonl", plot_to(tmp_path / "search.png")
     seeds = "--steps", 1, "--seed", 4, "--seeds", 3
     command = "--population", 5, "--tournament", 2, "--cycles", 4, *seeds, "--finalists", 3
