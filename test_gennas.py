@@ -1328,7 +1328,7 @@ def test_readme_commands(run, tmp_path, monkeypatch, command):
         labels_file(Path(file), NB201(), ARCHS[::2602])
     Path("my_task.json").write_text(task_to_json(SMALL_TASK))
     Path("my_space.py").write_text(PLAIN)
-    Path("figures").mkdir()
+    Path("my_labels.json").write_text(json.dumps([["1,3,5", 1], ["3,3,3", 2], ["7,5,1", 3], ["1,1,7", 4]]))
     np.save("my_images.npy", np.random.default_rng(0).random((16, 32, 32, 3)))
     words = shlex.split(command)[1:]
     searches = "--mode" not in words or "search-task" in words
