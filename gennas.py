@@ -616,7 +616,7 @@ RESIDUAL = Preset(replace(FAST, steps=2), {"all_blocks": True}, WITH_SIZE, "comb
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {"": Preset(Settings()), "nbnlp": Preset(Settings(), {"reservoir": True})},
     "fast": {
-        # Chosen by the lowest rho among six benchmarks, each trained with these settings and heads on all blocks.
+        # These weights do well on all of six benchmarks, each trained with these settings and heads on all blocks.
         "": Preset(FAST, weights=WITH_STAGES),
         # In nb101 and nb201 a low loss of stage 1 goes with a low accuracy, so stage 1 has weight 0.
         "nb101": Preset(replace(FAST, stage_weights=(0.0, 0.5, 1.0)), {"cells": 2, "all_blocks": True},
@@ -940,9 +940,9 @@ class Scorer:
         return [self.record.known[task_digest(task or self.task), seed, self.space.key(arch)] for seed in self.seeds]
 
     def weights(self, task: AnyTask) -> dict[str, float]:
-        """Return the score weights of a task: its own, or else the preset's; a recurrent network's is the loss alone.
-        With another task or number of steps than the preset's, only the weights of "log loss" and "log params" are
-        kept, as single stages differ then."""
+        """Return the score weights of a task: its own, or else those of the preset. Recurrent networks are scored by
+        the loss alone. With another task or number of steps than the preset's, only the weights of "log loss" and
+        "log params" are kept, as single stages differ then."""
         weights = {"log loss": 1.0} if isinstance(task, RnnTask) else self.preset.weights
         if task != read_task(self.own_task) or self.settings != self.preset.settings:
             weights = {term: weights[term] for term in ("log loss", "log params") if term in weights}
@@ -1227,7 +1227,7 @@ def run_search(scorer: Scorer, args: argparse.Namespace) -> dict[str, Any]:
     draw(random.Random(args.seed), tries=60)  # fail soon if nothing is within the limits
 
     finalists = args.finalists or 1  # without a finale, the best network keeps the score that it has
-    # No two searches share the seeds of their finales, and no search trains with them before its finale.
+    # Searches that differ in --seed alone share no seed of their finales. No search uses these before its finale.
     count = max(args.seeds, 2)
     seeds = range(10**6 + count * args.seed, 10**6 + count * (args.seed + 1)) if args.finalists else scorer.seeds
     begin(scorer, args, (args.population + args.cycles) * args.seeds + finalists * len(seeds))

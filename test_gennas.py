@@ -630,8 +630,8 @@ def plot_to(path: Path) -> tuple:
 def test_search(run, result, tmp_path):
     """The finale has seeds of its own, as many as the search; without it the answer is what the search found."""
     out, plot = tmp_path / "out.jsonl", plot_to(tmp_path / "search.png")
-    seeds = "--steps", 0, "--seed", 4, "--seeds", 3
-    command = "--population", 4, "--tournament", 2, "--cycles", 3, *seeds, "--finalists", 3
+    settings = "--steps", 0, "--seed", 4, "--seeds", 3
+    command = "--population", 4, "--tournament", 2, "--cycles", 3, *settings, "--finalists", 3
     found = result(*command, "--out", out, *plot)
     finalists, unique = found["finalists"], found["unique"]
     assert found.keys() == set("mode space task preset images arch score params evaluated unique finalists".split())
@@ -642,14 +642,14 @@ def test_search(run, result, tmp_path):
     lines = run(*command)[0].splitlines()
     assert found["arch"] == lines[0] and found["arch"] in lines[5] and len(lines) == 5 + 3
     assert finalists == sorted(finalists, key=lambda finalist: finalist["score"]) and len(finalists) == 3
-    again = result("--mode", "score", *[one["arch"] for one in finalists], *seeds, "--seed", 1_000_012)
+    again = result("--mode", "score", *[one["arch"] for one in finalists], *settings, "--seed", 1_000_012)
     assert [one["score"] for one in again["results"]] == [one["score"] for one in finalists]
 
     assert Counter(seed for _, seed, _ in recorded(out)) == {
         **dict.fromkeys((4, 5, 6), unique), **dict.fromkeys(range(1_000_012, 1_000_015), 3)}
     archs = {json.loads(line)["arch"] for line in out.read_text().splitlines()[1:]}
     plain = result(*command[:-1], 0, "--out", out)
-    scored = result("--mode", "score", *archs, *seeds)["results"]
+    scored = result("--mode", "score", *archs, *settings)["results"]
     assert plain["score"] == min(one["score"] for one in scored) and plain["finalists"] == []
     assert len(result(*command[:-2])["finalists"]) == min(10, unique)
 
@@ -1227,13 +1227,6 @@ PLAIN, = [block for block in readme_blocks("python") if "class Plain" in block] 
 
 def test_each_file_alone(tmp_path, monkeypatch):
     """gennas.py scores an object with a space's methods; search_spaces.py builds a network. Importing does nothing."""
-    class Space:
-        key = format = str
-        build = staticmethod(lambda width: nn.Sequential(nn.Conv2d(3, width, 3), Three()))
-
-    class Three(nn.Module):
-        forward = staticmethod(lambda x: [x] * 3)
-
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("gennas", "search_spaces", "matplotlib"):  # none of which can be imported
         monkeypatch.setitem(sys.modules, name, None)
@@ -1242,7 +1235,7 @@ def test_each_file_alone(tmp_path, monkeypatch):
         shutil.copy(HERE / f"{name}.py", tmp_path / f"{name}_alone.py")
         alone.append(importlib.import_module(f"{name}_alone"))
     assert [[state() for state in STATES], random.getstate()] == states
-    assert len(alone[0].Scorer(Space(), steps=2)([4, 5])) == 2
+    assert alone[0].Scorer(Linear(), steps=2)(["a"]) == Scorer(Linear(), steps=2)(["a"])
     space = alone[1].get("nb201")
     assert len(space.build(space.random(random.Random(0)))(torch.zeros(2, 3, 32, 32))) == 3
 
@@ -1360,17 +1353,23 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(child) for child in listed if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+def search_without_workers(out: Path) -> tuple[dict, dict]:
+    """Run SEARCH -> its result and its record."""
+    process = start_process(*SEARCH, "--workers", 1, "--out", out)
+    return timeless(process.communicate(timeout=60)[0]), recorded(out)
+
+
 @functools.cache
 def undisturbed(folder: Path) -> tuple[dict, dict]:
-    """Result and record of SEARCH without workers."""
-    process = start_process(*SEARCH, "--workers", 1, "--out", out := folder / "undisturbed.jsonl")
-    found = timeless(process.communicate(timeout=60)[0])
-    assert found["evaluated"] == 10 and len(recorded(out)) == found["unique"] + 2 * len(found["finalists"])
-    return found, recorded(out)
+    found, known = search_without_workers(folder / "undisturbed.jsonl")
+    assert found["evaluated"] == 10 and len(known) == found["unique"] + 2 * len(found["finalists"])
+    return found, known
 
 
 def resume(folder: Path) -> None:
     """A run that is killed, as it starts or later, leaves no process, and the same command goes on where it stopped."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("looks into Linux's /proc")
     out = folder / "killed.jsonl"
     for victim, lines, status in (("main", 0, -os_signal.SIGKILL), ("worker", 4, 1), ("main", 8, -os_signal.SIGKILL)):
         process = start_process(*SEARCH, "--workers", 2, "--out", out)
@@ -1380,12 +1379,11 @@ def resume(folder: Path) -> None:
         assert process.returncode == status and ("Traceback" not in stderr or lines == 0)  # of a worker as it starts
         assert victim == "main" or "a worker died" in stderr.splitlines()[-1]
         assert lines <= len(known := recorded(out)) + 1 and known.items() < undisturbed(folder)[1].items()
-    process = start_process(*SEARCH, "--workers", 1, "--out", out)
-    assert (timeless(process.communicate(timeout=60)[0]), recorded(out)) == undisturbed(folder)
+    assert search_without_workers(out) == undisturbed(folder)
 
 
 def cancel(folder: Path) -> None:
-    """By Ctrl-C, of 400 networks, some 40 s of training, none is begun after those that the workers have in hand."""
+    """After Ctrl-C no network is begun but those that the workers have in hand; all 400 would take some 40 s."""
     out = folder / "interrupted.jsonl"
     process = start_process("--space", "nb201", "--population", 400, "--cycles", 0, "--workers", 2, "--out", out)
     assert wait_for(lambda: out.exists() and out.read_bytes().count(b"\n") >= 2)
@@ -1406,15 +1404,15 @@ def distribute(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def processes(request, tmp_path_factory) -> dict[Any, Future]:
-    """These processes run in a thread beside all other tests, since most of their time goes into importing torch."""
+def processes(request, tmp_path_factory):
+    """The works of test_processes, as futures. They run in a thread beside all other tests, since most of their time
+    goes into importing torch."""
     asked = [item.callspec.params["work"] for item in request.session.items if item.originalname == "test_processes"]
     folder = tmp_path_factory.mktemp("processes")
     with ThreadPoolExecutor(1) as pool:
         yield {work: pool.submit(work, folder) for work in asked}
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
 @pytest.mark.parametrize("work", [resume, cancel, distribute])
 def test_processes(processes, work):
     processes[work].result()
